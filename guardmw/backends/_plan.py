@@ -1,0 +1,79 @@
+"""A route through backends, written once as a generator, and run with or without an event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from guardmw.errors import BackendError
+from guardmw.verdict import Scores
+
+if TYPE_CHECKING:
+    from guardmw.backends import Backend
+    from guardmw.conversation import Conversation
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a plan yields: let this backend score these conversations."""
+
+    backend: Backend
+    conversations: Sequence[Conversation]
+
+
+Plan = Generator[Ask, list[Scores], T]
+"""Yields Ask, is sent as many scores as it asked for or thrown a BackendError, and returns its result."""
+
+
+def run(plan: Plan[T]) -> T:
+    """Carry out a plan on this thread."""
+    try:
+        ask = next(plan)
+        while True:
+            try:
+                scores = _checked(ask, ask.backend.classify(ask.conversations))
+            except Exception as error:  # noqa: BLE001 - whatever a backend raises, the plan decides what follows
+                ask = plan.throw(_failure(ask, error))
+            else:
+                ask = plan.send(scores)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+async def arun(plan: Plan[T]) -> T:
+    """Carry out a plan on this event loop."""
+    try:
+        ask = next(plan)
+        while True:
+            try:
+                scores = _checked(ask, await ask.backend.aclassify(ask.conversations))
+            except Exception as error:  # noqa: BLE001 - whatever a backend raises, the plan decides what follows
+                ask = plan.throw(_failure(ask, error))
+            else:
+                ask = plan.send(scores)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+def _checked(ask: Ask, scores: list[Scores]) -> list[Scores]:
+    """The scores, if they are one for each conversation: a short answer must not pass for a safe one."""
+    if len(scores) != len(ask.conversations):
+        raise BackendError(f"{ask.backend.name}: {len(scores)} scores for {len(ask.conversations)} conversations")
+    for given in scores:
+        if not isinstance(given, Scores):
+            raise BackendError(f"{ask.backend.name}: answered with {type(given).__name__} instead of Scores")
+    return scores
+
+
+def _failure(ask: Ask, error: Exception) -> BackendError:
+    """A backend's failure as BackendError. A foreign error's message may quote the text, so only its type is told."""
+    if isinstance(error, BackendError):
+        return error
+    failure = BackendError(f"{ask.backend.name}: {type(error).__name__}")
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,215 @@
+"""What is judged: a conversation, whose last turn is on trial and whose earlier turns are its context."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from guardmw.errors import ConversationError, nearest
+
+Role = Literal["system", "user", "assistant", "tool", "document"]
+Stage = Literal["input", "output", "tool_call", "tool_result", "document"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+_STAGE_OF: dict[str, Stage] = {
+    "system": "input",
+    "user": "input",
+    "assistant": "output",
+    "tool": "tool_result",
+    "document": "document",
+}
+# The names other libraries give the same speakers.
+_ALIASES: dict[str, Role] = {"human": "user", "ai": "assistant", "developer": "system", "function": "tool"}
+_TEXT_BLOCKS = ("text", "input_text", "output_text")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that a model wants to make.
+
+    Attributes:
+        arguments: by parameter name; or the raw string, where a model wrote arguments that do not parse.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] | str = field(default_factory=dict)
+    id: str = ""
+
+    def __str__(self) -> str:
+        arguments = self.arguments if isinstance(self.arguments, str) else _spelled(self.arguments)
+        return f"{self.name} {arguments}" if self.name else arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message by one speaker.
+
+    Attributes:
+        role: system, user, assistant, tool (a tool's result) or document (retrieved text).
+        name: of the tool that answered, or of the document's source.
+        media: kinds of content that came with the text and that guardmw cannot judge ("image_url", …); a verdict on
+            this turn is partial.
+
+    Raises:
+        ConversationError: the role is unknown or the text is not a string.
+    """
+
+    role: Role
+    text: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    media: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ConversationError(f"unknown role {self.role!r}: {nearest(str(self.role), ROLES)}")
+        if not isinstance(self.text, str):
+            raise ConversationError(f"the text of a turn is a str, not {type(self.text).__name__}")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns, oldest first. The last is on trial, the earlier ones are its context.
+
+    Raises:
+        ConversationError: there is no turn.
+    """
+
+    turns: tuple[Turn, ...]
+
+    def __post_init__(self) -> None:
+        if not self.turns:
+            raise ConversationError("a conversation needs at least one turn")
+
+    @classmethod
+    def of(
+        cls, given: str | Turn | Conversation | Mapping[str, Any] | Sequence[Turn | Mapping[str, Any]]
+    ) -> Conversation:
+        """Read a str (a user turn), a Turn, role/content dicts as chat APIs use them, or a list of either.
+
+        Raises:
+            ConversationError: names what is wrong with which turn.
+        """
+        if isinstance(given, Conversation):
+            return given
+        if isinstance(given, str):
+            return cls((Turn("user", given),))
+        if isinstance(given, Turn | Mapping):
+            return cls((_turn(given),))
+        if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
+            raise ConversationError(
+                f"cannot read a {type(given).__name__} as a conversation: "
+                "give a str, a Turn, a role/content dict, or a list of those",
+            )
+        try:
+            return cls(tuple(map(_turn, given)))
+        except ConversationError as error:
+            raise ConversationError(f"{error} (in a conversation of {len(given)} turns)") from None
+
+    @property
+    def last(self) -> Turn:
+        """The turn on trial."""
+        return self.turns[-1]
+
+    @property
+    def context(self) -> tuple[Turn, ...]:
+        """The turns before the last."""
+        return self.turns[:-1]
+
+    @property
+    def stage(self) -> Stage:
+        """The surface that the last turn is."""
+        last = self.turns[-1]
+        return "tool_call" if last.tool_calls and last.role == "assistant" else _STAGE_OF[last.role]
+
+    @property
+    def trial(self) -> str:
+        """The whole text on trial: the last turn's text and, line by line, its tool calls as ``name {arguments}``."""
+        last = self.turns[-1]
+        if not last.tool_calls:
+            return last.text
+        calls = "\n".join(map(str, last.tool_calls))
+        return f"{last.text}\n{calls}" if last.text else calls
+
+
+def _turn(given: object) -> Turn:
+    if isinstance(given, Turn):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConversationError(f"a turn is a Turn or a role/content dict, not {type(given).__name__}")
+    if "role" not in given:
+        raise ConversationError("a turn needs a role: {'role': 'user', 'content': '…'}")
+    role = given["role"]
+    if not isinstance(role, str):
+        raise ConversationError(f"a role is a str, not {type(role).__name__}")
+    calls = tuple(map(_tool_call, _calls(given)))
+    # OpenAI's form gives a turn that only calls tools the content None.
+    content = given.get("content", given.get("text"))
+    if content is None and not calls:
+        raise ConversationError("a turn needs content: {'role': 'user', 'content': '…'}")
+    text, media = _read(content)
+    return Turn(_ALIASES.get(role, role), text, calls, str(given.get("name") or ""), media)  # type: ignore[arg-type]
+
+
+def _calls(given: Mapping[str, Any]) -> Sequence[object]:
+    """The tool calls of a message: a list, or the single one of OpenAI's older form."""
+    calls = given.get("tool_calls") or ()
+    if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
+        raise ConversationError(f"tool_calls is a list, not {type(calls).__name__}")
+    older = given.get("function_call")
+    return [*calls, older] if older else calls
+
+
+def _read(content: object) -> tuple[str, tuple[str, ...]]:
+    """Text and kinds of media of a message's content: a str, or a list of typed blocks."""
+    if content is None:
+        return "", ()
+    if isinstance(content, str):
+        return content, ()
+    if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+        raise ConversationError(f"content is a str or a list of blocks, not {type(content).__name__}")
+    texts, media = [], []
+    for block in content:
+        if isinstance(block, str):
+            texts.append(block)
+        elif isinstance(block, Mapping) and block.get("type") in _TEXT_BLOCKS and isinstance(block.get("text"), str):
+            texts.append(block["text"])
+        elif isinstance(block, Mapping) and isinstance(block.get("type"), str):
+            media.append(block["type"])
+        else:
+            raise ConversationError("a content block is a str or a dict with a type: {'type': 'text', 'text': '…'}")
+    return "\n".join(texts), tuple(media)
+
+
+def _spelled(arguments: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(arguments, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):  # keys that are no strings, or a dict that holds itself
+        return str(arguments)
+    except RecursionError:
+        raise ConversationError("the arguments of a tool call are nested too deeply to be read") from None
+
+
+def _tool_call(given: object) -> ToolCall:
+    """A ToolCall from OpenAI's form ({"function": {"name", "arguments"}}) or LangChain's ({"name", "args"})."""
+    if isinstance(given, ToolCall):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConversationError(f"a tool call is a ToolCall or a dict, not {type(given).__name__}")
+    call = given.get("function", given)
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise ConversationError("a tool call needs a name: {'name': '…', 'arguments': {…}}")
+    arguments = call.get("arguments", call.get("args"))
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            parsed = arguments
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    if arguments is not None and not isinstance(arguments, str | Mapping):
+        raise ConversationError(f"a tool call's arguments are a dict or a str, not {type(arguments).__name__}")
+    return ToolCall(call["name"], {} if arguments is None else arguments, str(given.get("id") or ""))

@@ -1,0 +1,132 @@
+"""Guard: a backend to judge, a policy to decide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from guardmw.backends import load
+from guardmw.backends._plan import Ask, Plan, arun, run
+from guardmw.conversation import STAGES, Conversation
+from guardmw.errors import BackendError, Blocked, ConversationError
+from guardmw.policy import Policy
+from guardmw.verdict import Coverage, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from guardmw.backends import Backend
+    from guardmw.conversation import Turn
+    from guardmw.verdict import Scores
+
+    Screenable = str | Turn | Conversation | Mapping[str, Any] | Sequence[Turn | Mapping[str, Any]]
+
+
+class Guard:
+    """Screens conversations: the last turn is judged in the light of the earlier ones.
+
+    A guard never raises because of a backend: what could not be scored gets the policy's ``on_error`` action, and the
+    verdict says so. It may be shared between threads and tasks.
+
+    Args:
+        backend: a Backend, or a spec for ``load``, such as "embedded".
+        policy: when to act; thresholds it leaves open are taken from the backend.
+
+    Raises:
+        BackendError: the spec names no backend, or it cannot be made.
+    """
+
+    def __init__(self, backend: Backend | str = "embedded", *, policy: Policy | None = None) -> None:
+        self.backend = load(backend) if isinstance(backend, str) else backend
+        self._policy = (policy or Policy()).advised(getattr(self.backend, "thresholds", {}))
+        # Asked for at every verdict, and a pydantic model is slow to ask.
+        self._rules = {stage: self._policy.at(stage) for stage in STAGES}
+        self._max_characters = self._policy.max_characters
+
+    def __repr__(self) -> str:
+        return f"Guard({self.backend.name!r}, policy={self.policy.fingerprint})"
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force: the one given, with the backend's advice wherever it names no threshold."""
+        return self._policy
+
+    def screen(self, given: Screenable) -> Verdict:
+        """Judge the last turn of what ``Conversation.of`` reads.
+
+        Raises:
+            ConversationError: it cannot be read as a conversation.
+        """
+        return run(self._plan([Conversation.of(given)]))[0]
+
+    async def ascreen(self, given: Screenable) -> Verdict:
+        """``screen``, without blocking the event loop."""
+        return (await arun(self._plan([Conversation.of(given)])))[0]
+
+    def screen_many(self, given: Iterable[Screenable]) -> list[Verdict]:
+        """Judge many in one batch: one verdict each, in their order.
+
+        Raises:
+            ConversationError: one cannot be read as a conversation; the message gives its index, and none is judged.
+        """
+        return run(self._plan(_read(given)))
+
+    async def ascreen_many(self, given: Iterable[Screenable]) -> list[Verdict]:
+        """``screen_many``, without blocking the event loop."""
+        return await arun(self._plan(_read(given)))
+
+    def _plan(self, conversations: list[Conversation]) -> Plan[list[Verdict]]:
+        started = perf_counter()
+        trials = [conversation.trial for conversation in conversations]
+        # Blank text needs no opinion, and text beyond the policy's limit gets none.
+        asked = [i for i, trial in enumerate(trials) if len(trial) <= self._max_characters and not _blank(trial)]
+        scored: dict[int, Scores] = {}
+        failure = ""
+        if asked:
+            try:
+                scored = dict(zip(asked, (yield Ask(self.backend, [conversations[i] for i in asked])), strict=True))
+            except BackendError as error:
+                failure = str(error) or type(error).__name__
+        elapsed_ms = (perf_counter() - started) * 1000
+        unscored = set(asked) if failure else ()
+        verdicts = []
+        for i, (conversation, trial) in enumerate(zip(conversations, trials, strict=True)):
+            rules, characters, media = self._rules[conversation.stage], len(trial), conversation.last.media
+            if i in unscored:
+                verdicts.append(rules.fail(failure, Coverage(characters, 0, 0, 0, media), elapsed_ms))
+                continue
+            scores = scored.get(i)
+            if scores:
+                coverage = scores.coverage or Coverage(characters, characters)
+            else:
+                coverage = Coverage(characters, characters if _blank(trial) else 0, 0)
+            if media:
+                coverage = replace(coverage, media=media)
+            verdicts.append(rules.decide(scores, coverage, elapsed_ms))
+        return verdicts
+
+
+def enforce(verdict: Verdict) -> Verdict:
+    """Return a verdict that lets the turn through.
+
+    Raises:
+        Blocked: the action is block.
+    """
+    if verdict.action == "block":
+        raise Blocked(verdict)
+    return verdict
+
+
+def _blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def _read(given: Iterable[Screenable]) -> list[Conversation]:
+    conversations = []
+    for index, one in enumerate(given):
+        try:
+            conversations.append(Conversation.of(one))
+        except ConversationError as error:
+            raise ConversationError(f"conversation {index}: {error}") from None
+    return conversations

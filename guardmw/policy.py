@@ -1,0 +1,282 @@
+"""Thresholds per stage and category, what reaching them means, and what failure means. Pure: scores in, verdict out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
+
+from guardmw.conversation import STAGES, Stage
+from guardmw.errors import PolicyError, nearest
+from guardmw.taxonomy import CATEGORIES, Category
+from guardmw.verdict import ACTIONS, SEVERITY, Action, Coverage, Scores, Verdict, Violation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from pydantic import ModelWrapValidatorHandler
+
+Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Limit = Annotated[
+    Annotated[Score, Tag("at")] | Annotated[dict[Action, Score], Tag("steps")],
+    Discriminator(lambda given: "steps" if isinstance(given, dict) else "at"),
+]
+"""A score at which to block, or scores by action: ``{"flag": 0.3, "block": 0.6}``. Reached means ``>=``."""
+
+THRESHOLD = 0.5
+"""Where neither policy nor backend names a threshold."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_the_fix(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401 - any input
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise PolicyError("; ".join(dict.fromkeys(map(_complaint, error.errors())))) from None
+
+
+class StagePolicy(_Strict):
+    """What differs at one stage; what is left out is as in the policy.
+
+    Attributes: as in Policy.
+    """
+
+    threshold: Limit | None = None
+    categories: dict[Category, Limit] = {}
+    injection: Limit | None = None
+    on_error: Action | None = None
+    on_partial: Action | None = None
+
+
+class Policy(_Strict):
+    """When to allow, flag, review or block.
+
+    A limit is the score at which to block, or a score by action: ``{"flag": 0.3, "block": 0.6}``.
+
+    Attributes:
+        threshold: limit for P(unsafe). None: as the backend advises, or 0.5.
+        categories: limits for single kinds of harm. A kind without one is only named where the text is unsafe.
+        injection: limit for P(injection). None: as the backend advises, or 0.5.
+        stages: what differs at input, output, tool_call, tool_result or document.
+        on_error: the action where nothing could be scored (a backend failed, timed out, answered nonsense).
+        on_partial: the action where part of the turn was not judged (cut off, an image, too long).
+        max_characters: a longer text is not judged at all, and so partial; it bounds the time of a verdict.
+        max_unreadable: the share of a text's characters the model may have no token for before it counts as partial.
+
+    Raises:
+        PolicyError: a key is unknown or a value out of range.
+    """
+
+    threshold: Limit | None = None
+    categories: dict[Category, Limit] = {}
+    injection: Limit | None = None
+    stages: dict[Stage, StagePolicy] = {}
+    on_error: Action = "block"
+    on_partial: Action = "block"
+    max_characters: Annotated[int, Field(strict=True, gt=0)] = 1_000_000
+    max_unreadable: Score = 0.1
+
+    _rules: dict[Stage, Rules] = PrivateAttr()
+    _fingerprint: str = PrivateAttr()
+
+    def model_post_init(self, _context: object, /) -> None:
+        """Work out, once, what every verdict needs."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        self._fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        self._rules = {stage: Rules(self, stage, self._fingerprint) for stage in STAGES}
+
+    # Pydantic would compare what is worked out of the settings too, and no two Rules are equal.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Policy) and self._fingerprint == other._fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self._fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change whenever a setting does."""
+        return self._fingerprint
+
+    @classmethod
+    def load(cls, path: str | Path) -> Policy:
+        """Read a YAML or JSON file.
+
+        Raises:
+            PolicyError: the file cannot be read, is not a mapping, or holds a key or value that is not valid.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            # Not all JSON is YAML: it allows tabs, and 1e-05.
+            data = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolicyError(f"cannot read the policy {path}: {error}") from None
+        except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+            raise PolicyError(f"{path} is not YAML or JSON: {error}") from None
+        if data is not None and not isinstance(data, dict):
+            raise PolicyError(f"{path} holds a {type(data).__name__}; a policy is a mapping, such as 'threshold: 0.5'")
+        try:
+            return cls.model_validate(data or {})
+        except PolicyError as error:
+            raise PolicyError(f"{path}: {error}") from None
+
+    def dump(self, path: str | Path | None = None) -> str:
+        """The settings that differ from the defaults as YAML; also written to ``path``, as JSON if it ends so."""
+        settings = self.model_dump(mode="json", exclude_defaults=True)
+        if path is not None and Path(path).suffix == ".json":
+            text = json.dumps(settings, indent=2) + "\n"
+        else:
+            text = yaml.safe_dump(settings, sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def advised(self, thresholds: Mapping[str, float]) -> Policy:
+        """This policy with a backend's thresholds (by stage, or "injection") wherever it names none itself."""
+        stages = {
+            stage: {"threshold": thresholds[stage]} | self._own(stage)
+            for stage in STAGES
+            if self.threshold is None and stage in thresholds
+        }
+        others = {stage: self._own(stage) for stage in self.stages if stage not in stages}
+        injection = thresholds.get("injection") if self.injection is None else self.injection
+        return Policy.model_validate(self._own() | {"stages": stages | others, "injection": injection})
+
+    def _own(self, stage: Stage | None = None) -> dict[str, Any]:
+        part = self if stage is None else self.stages.get(stage, StagePolicy())
+        return part.model_dump(mode="json", exclude_defaults=True)
+
+    def at(self, stage: Stage) -> Rules:
+        """This policy at one stage."""
+        return self._rules[stage]
+
+    def decide(self, stage: Stage, scores: Scores | None, coverage: Coverage, *, elapsed_ms: float = 0.0) -> Verdict:
+        """Turn scores into a verdict; None where there was nothing to score, or too much."""
+        return self._rules[stage].decide(scores, coverage, elapsed_ms)
+
+    def fail(self, stage: Stage, reason: str, coverage: Coverage, *, elapsed_ms: float = 0.0) -> Verdict:
+        """The verdict where a backend failed."""
+        return self._rules[stage].fail(reason, coverage, elapsed_ms)
+
+
+class Rules:
+    """A policy at one stage, in the form that is fast to apply; made by ``Policy.at``."""
+
+    __slots__ = (
+        "_categories",
+        "_fingerprint",
+        "_injection",
+        "_max_unreadable",
+        "_on_error",
+        "_on_partial",
+        "_stage",
+        "_unsafe",
+    )
+
+    def __init__(self, policy: Policy, stage: Stage, fingerprint: str) -> None:
+        own = policy.stages.get(stage, StagePolicy())
+        self._stage = stage
+        self._fingerprint = fingerprint
+        self._unsafe = _steps(own.threshold, policy.threshold)
+        self._injection = _steps(own.injection, policy.injection)
+        self._categories: dict[str, tuple[tuple[Action, float], ...]] = {
+            name: _steps(limit) for name, limit in {**policy.categories, **own.categories}.items()
+        }
+        self._on_error = own.on_error or policy.on_error
+        self._on_partial = own.on_partial or policy.on_partial
+        self._max_unreadable = policy.max_unreadable
+
+    def decide(self, scores: Scores | None, coverage: Coverage, elapsed_ms: float) -> Verdict:
+        """``Policy.decide`` at this stage."""
+        violations = self._violations(scores) if scores else ()
+        action: Action = violations[0].action if violations else "allow"
+        reason = self._left_out(coverage)
+        if reason and SEVERITY[self._on_partial] > SEVERITY[action]:
+            action = self._on_partial
+        return Verdict(
+            action, self._stage, violations, scores, coverage, bool(reason), reason, self._fingerprint, elapsed_ms
+        )
+
+    def fail(self, reason: str, coverage: Coverage, elapsed_ms: float) -> Verdict:
+        """``Policy.fail`` at this stage."""
+        return Verdict(
+            action=self._on_error,
+            stage=self._stage,
+            violations=(),
+            scores=None,
+            coverage=coverage,
+            degraded=True,
+            reason=reason,
+            policy=self._fingerprint,
+            elapsed_ms=elapsed_ms,
+        )
+
+    def _violations(self, scores: Scores) -> tuple[Violation, ...]:
+        found = []
+        unsafe = _reached("unsafe", scores.unsafe, self._unsafe)
+        if unsafe:
+            found.append(unsafe)
+        injection = _reached("injection", scores.injection, self._injection)
+        if injection:
+            found.append(injection)
+        # A kind of harm acts by its own limit; without one it only says of which kind an unsafe text is.
+        if self._categories or unsafe:
+            for name, score in scores.categories.items():
+                steps = self._categories.get(name)
+                violation = _reached(name, score, steps) if steps else None
+                if violation:
+                    found.append(violation)
+                elif unsafe and not steps and score >= THRESHOLD:
+                    found.append(Violation(name, score, THRESHOLD, unsafe.action))
+        if len(found) > 1:
+            found.sort(key=lambda violation: -SEVERITY[violation.action])
+        return tuple(found)
+
+    def _left_out(self, coverage: Coverage) -> str:
+        """What was not judged, in words; empty where everything was."""
+        if coverage.judged < coverage.characters:
+            return f"{coverage.judged} of {coverage.characters} characters were judged"
+        if coverage.media:
+            return f"not judged: {', '.join(dict.fromkeys(coverage.media))}"
+        if coverage.unreadable > self._max_unreadable * coverage.characters:
+            return f"{coverage.unreadable} of {coverage.characters} characters are unreadable to the model"
+        return ""
+
+
+def _steps(*limits: Limit | None) -> tuple[tuple[Action, float], ...]:
+    """The first limit that is given, as (action, threshold) pairs, strictest action first."""
+    limit = next((limit for limit in limits if limit is not None), THRESHOLD)
+    if not isinstance(limit, dict):
+        return (("block", float(limit)),)
+    return tuple(sorted(((a, float(t)) for a, t in limit.items()), key=lambda step: -SEVERITY[step[0]]))
+
+
+def _reached(rule: str, score: float, steps: tuple[tuple[Action, float], ...]) -> Violation | None:
+    for action, threshold in steps:
+        if score >= threshold:
+            return Violation(rule, score, threshold, action)
+    return None
+
+
+def _complaint(error: Mapping[str, Any]) -> str:
+    """One line for one of pydantic's complaints: where, what, and the nearest valid word."""
+    loc = [str(part) for part in error["loc"]]
+    # The tags of a limit and "[key]" are pydantic's own, not the user's.
+    where = [part for part in loc if part not in ("at", "steps", "[key]")]
+    path = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        known: Iterable[str] = StagePolicy.model_fields if where[0] == "stages" else Policy.model_fields
+        return f"unknown key {path!r}: {nearest(where[-1], known)}"
+    if error["type"] == "literal_error":
+        known = {"stages": STAGES, "categories": CATEGORIES}.get(loc[-3] if loc[-1] == "[key]" else "", ACTIONS)
+        return f"{path}: unknown {error['input']!r}: {nearest(str(error['input']), known)}"
+    if error["type"] in ("less_than_equal", "greater_than_equal", "finite_number"):
+        return f"{path} is {error['input']!r}; it lies in 0 to 1"
+    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}"
