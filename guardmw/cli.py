@@ -1,0 +1,410 @@
+"""The command line: guardmw check | demo | eval | info | train."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from platform import python_version
+from stat import S_ISREG
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pydantic import BaseModel
+
+from guardmw.conversation import ROLES, Conversation
+from guardmw.errors import BackendError, ConversationError, GuardmwError, nearest
+from guardmw.evaluate import rows
+from guardmw.guard import Guard
+from guardmw.policy import THRESHOLD, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from guardmw.backends import Backend
+    from guardmw.verdict import Verdict
+
+ALLOWED, WITHHELD, FAILED = 0, 1, 2
+# What a shell reports of a program ended by SIGINT or SIGPIPE.
+INTERRUPTED, PIPE_CLOSED = 130, 141
+
+# One call of the backend: enough to fill its batches, and a bound on memory.
+CHUNK_LINES, CHUNK_BYTES = 64, 4 * 2**20
+
+_PARTS = ("guardmw", "onnxruntime", "tokenizers", "numpy", "pydantic")
+# What each recipe imports, and no plain installation has.
+_TRAINING = ("torch", "transformers", "onnx")
+
+_CHECK_STATUS = """\
+exit status:
+  0    allowed (allow or flag)
+  1    withheld (block or review), or a line of several was
+  2    error: bad usage, an unreadable file, no such backend, or a line that is not valid (the others are judged)
+"""
+_LINES = """\
+lines of --jsonl, each one conversation whose last turn is judged:
+  "text"
+  {"role": "user", "content": "text"}
+  [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
+  {"messages": [{"role": "user", "content": "…"}]}
+  {"text": "…", "role": "tool_result", "context": "what the user said before"}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        # A path or a tool's name may hold what the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        args = _parser().parse_args(argv)
+        status: int = args.command(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except SystemExit as stop:
+        # argparse ends so, with 0 after --help and 2 after bad usage; and rich, with 1 where a pipe is closed.
+        return {0: ALLOWED, 1: PIPE_CLOSED}.get(stop.code, FAILED) if isinstance(stop.code, int) else FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        _complain(f"{error.filename}: {error.strerror}" if error.filename else error)
+        return FAILED
+    except (GuardmwError, ImportError) as error:
+        _complain(error)
+        return FAILED
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="guardmw",
+        description="Guardrails for LLM agents: judge what goes into a model and what comes out, on this CPU.",
+        epilog="Start with: guardmw demo",
+    )
+    parser.add_argument("--version", action="version", version=f"guardmw {version('guardmw')}")
+    parser.set_defaults(command=lambda _: _help(parser))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    guard = argparse.ArgumentParser(add_help=False)
+    guard.add_argument(
+        "--backend", default="embedded", metavar="SPEC", help="what judges: embedded (the default), onnx:FOLDER, …"
+    )
+    guard.add_argument("--policy", metavar="FILE", help="YAML or JSON; thresholds it leaves open are the backend's")
+
+    check = commands.add_parser(
+        "check",
+        parents=[guard],
+        help="judge a text, or every line of a JSONL file",
+        description="Judge a text, or every line of a JSONL file. No text is ever repeated in the output.",
+        epilog=f"{_CHECK_STATUS}\n{_LINES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("text", nargs="?", metavar="TEXT", help="what to judge; - reads standard input")
+    check.add_argument("--jsonl", metavar="FILE", help="one conversation a line, gzip'd or not; - reads standard input")
+    check.add_argument(
+        "--role",
+        default="user",
+        help=f"whose text it is, where that is not said: {', '.join(_roles())} (default: user)",
+    )
+    check.add_argument("--json", action="store_true", help="one verdict a line, as JSON")
+    check.set_defaults(command=_check)
+
+    demo = commands.add_parser("demo", parents=[guard], help="a tour: what guardmw says of nine conversations")
+    demo.set_defaults(command=_demo)
+
+    evaluate = commands.add_parser(
+        "eval",
+        parents=[guard],
+        help="measure a guard on labelled files",
+        description="Screen every row of labelled JSONL files, one at a time, and tell how right and how fast it was.",
+    )
+    evaluate.add_argument("files", nargs="+", metavar="FILE", help=".jsonl or .jsonl.gz with text, label, role, …")
+    evaluate.add_argument("--json", action="store_true", help="all figures as one JSON object")
+    evaluate.set_defaults(command=_eval)
+
+    info = commands.add_parser("info", parents=[guard], help="versions, the model's card, the policy in force")
+    info.add_argument("--json", action="store_true", help="all of it as one JSON object")
+    info.add_argument("--schema", action="store_true", help="only the JSON schema of a policy file")
+    info.set_defaults(command=_info)
+
+    train = commands.add_parser("train", help="train a model of your own (needs guardmw[train])")
+    train.add_argument("recipe", choices=["tinysafe"], help="what to train")
+    train.add_argument("options", nargs=argparse.REMAINDER, help="of the recipe: guardmw train tinysafe --help")
+    train.set_defaults(command=_train)
+    return parser
+
+
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help(sys.stderr)
+    return FAILED
+
+
+def _complain(what: object) -> None:
+    # YAML's and onnxruntime's messages have several lines.
+    print("guardmw:", " ".join(str(what).split()) or type(what).__name__, file=sys.stderr)
+
+
+def _guard(args: argparse.Namespace) -> Guard:
+    return Guard(args.backend, policy=Policy.load(args.policy) if args.policy else None)
+
+
+def _roles() -> tuple[str, ...]:
+    return (*ROLES, "tool_call", "tool_result")
+
+
+def _check(args: argparse.Namespace) -> int:
+    if (args.text is None) == (args.jsonl is None):
+        raise GuardmwError("check takes either TEXT (- for standard input) or --jsonl FILE")
+    if args.role not in _roles():
+        raise ConversationError(f"unknown role {args.role!r}: {nearest(args.role, _roles())}")
+    if args.jsonl is not None:
+        return _check_lines(args)
+    text = _standard_input() if args.text == "-" else args.text
+    verdict = _guard(args).screen(rows.conversation(text, role=args.role))
+    _verdicts(args)(None, verdict)
+    return _status(verdict)
+
+
+def _check_lines(args: argparse.Namespace) -> int:
+    """Judge line after line; what is not valid is told of, and the others are judged all the same."""
+    tally: Counter[str] = Counter()
+    name = "standard input" if args.jsonl == "-" else args.jsonl
+    with _opened(args.jsonl) as file, _advance(file) as advance:
+        guard, show = _guard(args), _verdicts(args)
+        for chunk in _chunks(file, name, args.role):
+            for number, judged in _judged(guard, chunk):
+                if not isinstance(judged, str):
+                    tally["withheld" if _status(judged) else "allowed"] += 1
+                    show(number, judged)
+                    continue
+                tally["not valid"] += 1
+                _complain(f"{name}, line {number}: {judged}")
+                if args.json:
+                    print(json.dumps({"line": number, "error": judged}))
+            sys.stdout.flush()
+            advance(sum(tally.values()))
+    if not tally:
+        raise GuardmwError(f"{name} holds no lines")
+    if not args.json:
+        counts = ", ".join(f"{tally[kind]:,} {kind}" for kind in ("allowed", "withheld", "not valid") if tally[kind])
+        print(counts, file=sys.stderr)
+    if tally["not valid"]:
+        return FAILED
+    return WITHHELD if tally["withheld"] else ALLOWED
+
+
+def _chunks(file: BinaryIO, name: str, role: str) -> Iterator[list[tuple[int, Conversation | str]]]:
+    """Line numbers with a conversation, or with what is wrong, a few at a time."""
+    chunk: list[tuple[int, Conversation | str]] = []
+    size = 0
+    failure = None
+    lines = rows.lines(file)
+    while True:
+        try:
+            number, line = next(lines, (0, b""))
+        except rows.UNREADABLE as error:
+            failure = error
+            break
+        if not number:
+            break
+        if not line.strip():
+            continue
+        chunk.append((number, _read(line, role)))
+        size += len(line)
+        if len(chunk) == CHUNK_LINES or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+    if failure:
+        raise GuardmwError(f"{name} cannot be read on: {failure}")
+
+
+def _read(line: bytes, role: str) -> Conversation | str:
+    try:
+        return rows.conversation(rows.loads(line), role=role)
+    except ConversationError as error:
+        return str(error)
+
+
+def _judged(guard: Guard, chunk: Sequence[tuple[int, Conversation | str]]) -> list[tuple[int, Verdict | str]]:
+    """Line numbers with a verdict, or with what is wrong."""
+    try:
+        verdicts = iter(guard.screen_many(one for _, one in chunk if isinstance(one, Conversation)))
+        return [(number, next(verdicts) if isinstance(one, Conversation) else one) for number, one in chunk]
+    except ConversationError as error:
+        # What is nested as deep as Python goes can be read, and yet not be written out: then all fail, for one.
+        if len(chunk) == 1:
+            return [(chunk[0][0], str(error))]
+        return [judged for one in chunk for judged in _judged(guard, [one])]
+
+
+def _status(verdict: Verdict) -> int:
+    return WITHHELD if verdict.action in ("review", "block") else ALLOWED
+
+
+def _verdicts(args: argparse.Namespace) -> Callable[[int | None, Verdict], None]:
+    """What prints a verdict, with the number of its line if it has one."""
+    if args.json:
+        return lambda number, verdict: print(json.dumps(({"line": number} if number else {}) | verdict.to_dict()))
+    if sys.stdout is None or not sys.stdout.isatty():
+        return lambda number, verdict: print(_line(number, verdict))
+    from guardmw import terminal  # noqa: PLC0415 - costly, and only this command needs it
+
+    show = terminal.verdict_printer()
+    return lambda number, verdict: show(_line(number, verdict), verdict.action)
+
+
+def _line(number: int | None, verdict: Verdict) -> str:
+    line = f"{verdict.action:<6}  {verdict.stage:<11}  {_found(verdict)}"
+    if verdict.coverage.windows > 1:
+        line += f"  {verdict.coverage.windows} windows"
+    # A verdict among several has the time of all of them.
+    return f"{number}: {line}" if number else f"{line}  {verdict.elapsed_ms:.1f} ms"
+
+
+def _found(verdict: Verdict) -> str:
+    if verdict.violations or verdict.reason:
+        return verdict.summary
+    if verdict.scores is None:
+        return "nothing to judge"
+    return f"unsafe {verdict.scores.unsafe:.2f}, injection {verdict.scores.injection:.2f}"
+
+
+def _standard_input() -> str:
+    """All of it as text; bytes that are no UTF-8 become U+FFFD, and that is told."""
+    given = _binary_stdin().read(rows.LONGEST_LINE + 1)
+    if len(given) > rows.LONGEST_LINE:
+        raise GuardmwError(f"standard input is longer than {rows.LONGEST_LINE // 2**20} MiB")
+    try:
+        return given.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        _complain("standard input is not UTF-8: what could not be read is judged as U+FFFD")
+        return given.decode("utf-8-sig", errors="replace")
+
+
+def _binary_stdin() -> BinaryIO:
+    if sys.stdin is None:
+        raise GuardmwError("standard input is closed")
+    return sys.stdin.buffer
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    if path == "-":
+        yield _binary_stdin()
+        return
+    with Path(path).open("rb") as file:
+        yield file
+
+
+@contextmanager
+def _advance(file: BinaryIO) -> Iterator[Callable[[int], None]]:
+    """A progress bar by the bytes read, for who looks at a terminal that the verdicts do not go to."""
+    if sys.stdout is None or sys.stdout.isatty() or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from guardmw import terminal  # noqa: PLC0415 - costly, and only this command needs it
+
+    stat = os.fstat(file.fileno())
+    with terminal.progress(stat.st_size if S_ISREG(stat.st_mode) else None) as bar:
+        yield lambda lines: bar(f"{lines:,} lines", file.tell() if S_ISREG(stat.st_mode) else lines)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from guardmw import demo  # noqa: PLC0415 - costly, and only this command needs it
+
+    return demo.tour(lambda: _guard(args))
+
+
+def _eval(args: argparse.Namespace) -> int:
+    # A bad row is told of before the long work, not after.
+    files = {name: list(rows.read(path)) for name, path in _named(args.files).items()}
+    guard = _guard(args)
+    from guardmw import terminal  # noqa: PLC0415 - costly, and only this command needs it
+    from guardmw.evaluate.report import evaluate  # noqa: PLC0415 - costly, and only this command needs it
+
+    with terminal.progress(sum(map(len, files.values()))) as bar:
+        report = evaluate(guard, files, done=bar)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        terminal.print_report(report)
+    total = report.all.figures
+    if total.degraded:
+        _complain(f"{total.degraded:,} of {total.rows:,} rows were not judged in full; most often: {report.reason}")
+    return 0
+
+
+def _named(paths: Sequence[str]) -> dict[str, Path]:
+    """Files by their stem; where two have the same, by their folder's name too."""
+    named: dict[str, Path] = {}
+    for path in {Path(path).resolve(): Path(path) for path in paths}.values():
+        stem, absolute = rows.stem(path), path.absolute()
+        candidates = (stem, f"{absolute.parent.name}/{stem}", str(absolute))
+        named[next(name for name in candidates if name not in named)] = path
+    return named
+
+
+def _info(args: argparse.Namespace) -> int:
+    if args.schema:
+        print(json.dumps(Policy.model_json_schema(), indent=2))
+        return 0
+    versions = {"python": python_version()} | {part: version(part) for part in _PARTS}
+    guard, failure = None, None
+    try:
+        guard = _guard(args)
+    except BackendError as error:
+        # Versions are what a report of this very failure needs.
+        failure = error
+    facts = {
+        "versions": versions,
+        "backend": guard and guard.backend.name,
+        "card": guard and _card(guard.backend),
+        "policy": guard and _settings(guard.policy),
+        "fingerprint": guard and guard.policy.fingerprint,
+    }
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        from guardmw import terminal  # noqa: PLC0415 - costly, and only this command needs it
+
+        terminal.print_info(facts)
+    if failure:
+        _complain(failure)
+        return FAILED
+    return 0
+
+
+def _card(backend: Backend) -> dict[str, Any] | None:
+    """What a backend's model says of itself, where it says anything."""
+    card = getattr(backend, "card", None)
+    return card.model_dump(mode="json") if isinstance(card, BaseModel) else None
+
+
+def _settings(policy: Policy) -> dict[str, Any]:
+    """Every setting of a policy in force, the ones it leaves to the defaults included."""
+    settings = policy.model_dump(mode="json", exclude_none=True)
+    stages = policy.model_dump(mode="json", exclude_defaults=True).get("stages", {})
+    return {"threshold": THRESHOLD, "injection": THRESHOLD} | settings | {"stages": stages}
+
+
+def _train(args: argparse.Namespace) -> int:
+    missing = [module for module in _TRAINING if find_spec(module) is None]
+    if missing:
+        raise GuardmwError(f"training needs {', '.join(missing)}: pip install 'guardmw[train]'")
+    recipe = import_module(f"guardmw.train.{args.recipe}")
+    parser = argparse.ArgumentParser(prog=f"guardmw train {args.recipe}", description=recipe.__doc__)
+    recipe.add_arguments(parser)
+    status: int = recipe.main(parser.parse_args(args.options))
+    return status

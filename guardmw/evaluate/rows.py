@@ -1,0 +1,210 @@
+"""Conversations from lines of JSON, and labelled rows: a conversation with what is known of it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from guardmw.conversation import Conversation, ToolCall, Turn
+from guardmw.errors import ConversationError, DataError, GuardmwError, nearest
+from guardmw.taxonomy import CATEGORIES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# A line without an end must not fill the memory.
+LONGEST_LINE = 64 * 2**20
+# What a broken .gz raises: its header, its end, its middle.
+UNREADABLE = (OSError, EOFError, zlib.error)
+
+_ATTACKS = ("jailbreak", "prompt_injection")
+_LABELS = ("safe", "unsafe")
+_CALL = re.compile(r"([\w.\-]+) (\{.*\})", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A conversation with its label.
+
+    Attributes:
+        unsafe: the label.
+        categories: the kinds of harm, or None where it is unsafe in a way nobody wrote down.
+        attack: "jailbreak", "prompt_injection" or "".
+        weak: the label is by construction or by machine.
+    """
+
+    conversation: Conversation
+    unsafe: bool
+    categories: frozenset[str] | None
+    attack: str = ""
+    source: str = ""
+    license: str = ""
+    weak: bool = False
+
+
+def stem(path: str | Path) -> str:
+    """A file's name without .jsonl or .jsonl.gz."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def read(path: str | Path) -> Iterator[Row]:
+    """The rows of a .jsonl or .jsonl.gz file; blank lines are passed over.
+
+    A row is what ``conversation`` reads, with a "label" (safe or unsafe). It may have "categories", "cat_source"
+    ("none": unknown), "attack", "source" (the file's name by default), "license" and "weak".
+
+    Raises:
+        DataError: the file cannot be read, holds no row, or a line is not such a row.
+    """
+    number, rows = 0, 0
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in lines(file):  # noqa: B007 - the messages below tell it
+                if line.strip():
+                    yield _row(loads(line), stem(path))
+                    rows += 1
+    except UNREADABLE as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    except GuardmwError as error:
+        raise DataError(f"{path}, line {number}: {error}") from None
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+
+
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, gzip'd or not, counted from 1. One beyond LONGEST_LINE comes as its start.
+
+    Raises:
+        OSError, EOFError, zlib.error: it cannot be read on.
+    """
+    buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast("io.RawIOBase", file))
+    if buffered.peek(2)[:2] == b"\x1f\x8b":
+        buffered = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=buffered)))
+    number = 0
+    while line := buffered.readline(LONGEST_LINE + 1):
+        number += 1
+        yield number, line
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            line = buffered.readline(LONGEST_LINE + 1)
+
+
+def loads(line: bytes) -> object:
+    """The JSON value on a line.
+
+    Raises:
+        ConversationError: there is none. It says no more than that: a decoder's message may quote the text.
+    """
+    if len(line) > LONGEST_LINE:
+        raise ConversationError(f"longer than {LONGEST_LINE // 2**20} MiB")
+    try:
+        value: object = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ConversationError("not UTF-8") from None
+    except ValueError:
+        raise ConversationError("not JSON") from None
+    except RecursionError:
+        raise ConversationError("nested too deeply") from None
+    return value
+
+
+def conversation(given: object, *, role: str = "user") -> Conversation:
+    """A conversation from a JSON value, in any form that chat logs and labelled data come in.
+
+    A string; a role/content dict; a list of those; an object that has it under "messages"; or a row with "text",
+    "role" (also tool_call and tool_result) and "context" (what the user said before). ``role`` is for a text that comes
+    without one.
+
+    Raises:
+        ConversationError: it is none of these; the message says what is wrong.
+    """
+    if isinstance(given, str):
+        given = {"text": given}
+    if isinstance(given, list):
+        return Conversation.of(given)
+    if not isinstance(given, Mapping):
+        raise ConversationError(f"a conversation is a string, a list or an object, not {type(given).__name__}")
+    held = [key for key in ("messages", "content", "text") if given.get(key) is not None]
+    if len(held) > 1:
+        raise ConversationError(f"an object holds either {' or '.join(map(repr, held))}")
+    if held == ["messages"]:
+        if not isinstance(given["messages"], list):
+            raise ConversationError(f"'messages' is a list, not {type(given['messages']).__name__}")
+        return Conversation.of(given["messages"])
+    context = given.get("context")
+    if context is not None and not isinstance(context, str):
+        raise ConversationError(f"'context' is a string, what the user said before, not {type(context).__name__}")
+    before = (Turn("user", context),) if context and not context.isspace() else ()
+    stated = given.get("role")
+    return Conversation((*before, _turn(given, role if stated is None else stated)))
+
+
+def _turn(given: Mapping[str, object], role: object) -> Turn:
+    text = given.get("text")
+    if role == "tool_call" and isinstance(text, str) and not given.get("tool_calls"):
+        return Turn("assistant", tool_calls=(tool_call(text),))
+    roles = {"tool_call": "assistant", "tool_result": "tool"}
+    spoken = roles.get(role, role) if isinstance(role, str) else role
+    return Conversation.of({**given, "role": spoken}).last
+
+
+def tool_call(text: str) -> ToolCall:
+    """A call from ``{"name": …, "arguments": {…}}`` or ``name {…}``; any other text stays as it is, without a name."""
+    match = _CALL.fullmatch(text.strip())
+    try:
+        given = json.loads(match[2] if match else text)
+    except (ValueError, RecursionError):
+        return ToolCall("", text)
+    if match and isinstance(given, dict):
+        return ToolCall(match[1], given)
+    # With any other key it is kept whole, so that all of it is judged.
+    if isinstance(given, dict) and given.keys() == {"name", "arguments"}:
+        name, arguments = given["name"], given["arguments"]
+        if isinstance(name, str) and isinstance(arguments, dict):
+            return ToolCall(name, arguments)
+    return ToolCall("", text)
+
+
+def _row(given: object, source: str) -> Row:
+    if not isinstance(given, Mapping):
+        raise DataError(f"a row is an object, not {type(given).__name__}")
+    if given.get("label") not in _LABELS:
+        raise DataError("'label' is 'safe' or 'unsafe'")
+    unsafe = given["label"] == "unsafe"
+    attack = _string(given, "attack")
+    if attack and attack not in _ATTACKS:
+        raise DataError(f"unknown attack {attack!r}: {nearest(attack, _ATTACKS)}")
+    categories = _categories(given.get("categories"))
+    # A bare attack has no kind of harm; any other unsafe row without one is of a kind unknown.
+    unknown = unsafe and (given.get("cat_source") == "none" or not (categories or attack))
+    return Row(
+        conversation=conversation(given),
+        unsafe=unsafe,
+        categories=None if unknown else categories,
+        attack=attack,
+        source=_string(given, "source") or source,
+        license=_string(given, "license"),
+        weak=bool(given.get("weak")),
+    )
+
+
+def _string(given: Mapping[str, object], key: str) -> str:
+    value = given.get(key)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{key!r} is a string, not {type(value).__name__}")
+    return value or ""
+
+
+def _categories(given: object) -> frozenset[str]:
+    if given is not None and not isinstance(given, list):
+        raise DataError(f"'categories' is a list, not {type(given).__name__}")
+    for name in given or ():
+        if name not in CATEGORIES:
+            raise DataError(f"unknown category {name!r}: {nearest(str(name), CATEGORIES)}")
+    return frozenset(given or ())

@@ -1,0 +1,199 @@
+"""What a person at a terminal sees: verdicts, tables and progress bars."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from guardmw.evaluate.report import Figures, Kind, Report
+    from guardmw.verdict import Action
+
+STYLES: dict[Action, str] = {"allow": "green", "flag": "yellow", "review": "magenta", "block": "bold red"}
+
+NONE = "-"
+"""Where there is no figure."""
+
+
+# Figures by their heading.
+_COLUMNS: dict[str, Callable[[Figures], str]] = {
+    "rows": lambda f: f"{f.rows:,}",
+    "unsafe": lambda f: f"{f.unsafe:,}",
+    "thr.": lambda f: _number(f.threshold),
+    "prec.": lambda f: _number(f.precision),
+    "recall": lambda f: _number(f.recall),
+    "F1": lambda f: _number(f.f1),
+    "macro": lambda f: _number(f.macro_f1),
+    "FPR": lambda f: _number(f.fpr),
+    "AUPRC": lambda f: _number(f.auprc),
+    "AUROC": lambda f: _number(f.auroc),
+    "R@1%": lambda f: _number(f.recall_at_fpr_1),
+    "R@5%": lambda f: _number(f.recall_at_fpr_5),
+    "ECE": lambda f: _number(f.ece),
+    "p50 ms": lambda f: _number(f.p50_ms, 1),
+    "p95 ms": lambda f: _number(f.p95_ms, 1),
+}
+# Where a terminal is narrow, the first goes first.
+_DROPPED = ("thr.", "R@5%", "macro", "p95 ms", "ECE", "AUROC", "R@1%", "unsafe")
+# What a reader asks a model's card first, besides its metrics; --json has all of it.
+_CARD = ("name", "labels", "max_tokens", "thresholds", "temperature", "license")
+_CARD_DROPPED = ("macro_f1", "auroc", "unsafe", "ece_before", "ece", "precision", "rows", "f1")
+# Enough for every column.
+_FILE_WIDTH = 160
+
+
+def table(*headings: str, left: int = 1) -> Table:
+    """A table whose first ``left`` columns hold words, and the others numbers."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    for at, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if at < left else "right", no_wrap=at >= left, overflow="fold")
+    return made
+
+
+def verdict_printer() -> Callable[[str, Action], None]:
+    """What prints a line that tells of an action, that word in its colour."""
+    console = Console(highlight=False, soft_wrap=True)
+
+    def show(line: str, action: Action) -> None:
+        at = line.index(action)
+        text = Text(line)
+        text.stylize(STYLES[action], at, at + len(action))
+        console.print(text)
+
+    return show
+
+
+@contextmanager
+def progress(total: int | None) -> Iterator[Callable[[str, int], None]]:
+    """A bar on standard error, where that is a terminal; moved by calling with a word and how much is done.
+
+    Args:
+        total: None where nobody knows.
+    """
+    console = Console(stderr=True)
+    word = TextColumn("{task.description:<20}", markup=False)
+    columns = (word, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    # What is printed meanwhile must not end up on standard error.
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda said, done: bar.update(task, description=said, completed=done)
+
+
+def print_report(report: Report) -> None:
+    """The figures of an evaluation: a row a file, then the parts of all."""
+    console = _console()
+    total = report.all
+    facts = f"  policy {report.policy}  {total.figures.rows:,} rows\n"
+    console.print(Text.assemble((report.backend, "bold"), facts))
+    blocks = {name: part.figures for name, part in report.files.items()}
+    _print_figures(console, "file", blocks, total.figures if len(blocks) > 1 else None)
+    if len(total.stages) > 1:
+        _print_figures(console, "stage", total.stages)
+    if total.sources.keys() != blocks.keys():
+        _print_figures(console, "source", total.sources)
+    if total.categories:
+        _print_kinds(console, total.categories)
+    if total.attacks:
+        attacks = table("attack", "rows", "caught")
+        for name, kind in total.attacks.items():
+            attacks.add_row(name, f"{kind.rows:,}", _number(kind.caught))
+        console.print(attacks, "")
+    console.print(
+        f"Acted on: block or review. FPR: safe rows acted on. R@1%: recall where FPR is at most 1 %. {NONE}: no such "
+        "figure with one class only. Rows rank by the higher of unsafe and injection; ECE is of unsafe. Caught: acted "
+        "on by any rule; the other figures of a category: how well verdicts name it.",
+        style="dim",
+    )
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=_FILE_WIDTH)
+
+
+def _print_figures(console: Console, heading: str, blocks: Mapping[str, Figures], total: Figures | None = None) -> None:
+    cells = [(name, _cells(figures)) for name, figures in blocks.items()]
+    _print_fitting(console, heading, cells, total=_cells(total) if total else None, dropped=_DROPPED)
+
+
+def _cells(figures: Figures) -> dict[str, str]:
+    return {heading: show(figures) for heading, show in _COLUMNS.items()}
+
+
+def _print_fitting(
+    console: Console,
+    heading: str,
+    rows: Sequence[tuple[str, Mapping[str, str]]],
+    *,
+    dropped: Sequence[str],
+    total: Mapping[str, str] | None = None,
+) -> None:
+    """A table of as many columns as there is room for; those in ``dropped`` are the first to go."""
+    columns = list(dict.fromkeys(column for _, cells in rows for column in cells))
+    for gone in ("", *(column for column in dropped if column in columns)):
+        columns = [column for column in columns if column != gone]
+        made = table(heading, *columns)
+        for name, cells in rows:
+            made.add_row(name, *(cells.get(column, NONE) for column in columns))
+        if total:
+            made.add_section()
+            made.add_row("all", *(total.get(column, NONE) for column in columns), style="bold")
+        if console.measure(made, options=console.options.update(width=10_000)).maximum <= console.width:
+            break
+    console.print(made, "")
+
+
+def _print_kinds(console: Console, kinds: Mapping[str, Kind]) -> None:
+    made = table("category", "rows", "caught", "prec.", "recall", "F1", "AUPRC")
+    for name, kind in kinds.items():
+        numbers = (kind.caught, kind.precision, kind.recall, kind.f1, kind.auprc)
+        made.add_row(name, f"{kind.rows:,}", *map(_number, numbers))
+    console.print(made, "")
+
+
+def print_info(facts: Mapping[str, Any]) -> None:
+    """Versions, the model's card and the policy, the latter as YAML that a policy file may hold."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print("  ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+    if facts["backend"] is None:
+        return
+    console.print(f"\nbackend {facts['backend']}", style="bold")
+    card = facts["card"] or {}
+    short = {key: card[key] for key in _CARD if card.get(key)}
+    if short:
+        console.print(yaml.safe_dump(short, sort_keys=False, allow_unicode=True, default_flow_style=None).rstrip())
+    console.print(f"\npolicy {facts['fingerprint']}", style="bold")
+    console.print(yaml.safe_dump(facts["policy"], sort_keys=False))
+    metrics = card.get("metrics")
+    for name, figures in metrics.items() if isinstance(metrics, dict) else ():
+        _print_metrics(name, figures)
+
+
+def _print_metrics(name: str, figures: object) -> None:
+    """What a card says was measured: a table, where it is one."""
+    if isinstance(figures, dict) and figures and all(isinstance(row, dict) for row in figures.values()):
+        rows = [(part, {key: _cell(figure) for key, figure in row.items()}) for part, row in figures.items()]
+        _print_fitting(_console(), name, rows, dropped=_CARD_DROPPED)
+        return
+    _console().print(yaml.safe_dump({name: figures}, sort_keys=False))
+
+
+def _cell(figure: object) -> str:
+    if figure is None or isinstance(figure, float):
+        return _number(figure)
+    return f"{figure:,}" if isinstance(figure, int) else str(figure)
+
+
+def _number(figure: float | None, digits: int = 2) -> str:
+    return NONE if figure is None else f"{figure:.{digits}f}"
