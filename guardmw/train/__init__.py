@@ -1,0 +1,1 @@
+"""How the guards were made, as commands that make yours. Needs ``pip install 'guardmw[train]'``."""

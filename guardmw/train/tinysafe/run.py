@@ -1,0 +1,110 @@
+"""The recipe from labelled rows to a folder that ``guardmw`` loads, stage after stage."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModel
+
+from guardmw.backends._artefact import Card
+from guardmw.backends._windows import Windows
+from guardmw.backends.onnx import OnnxBackend
+from guardmw.errors import GuardmwError
+from guardmw.evaluate import rows
+from guardmw.evaluate.report import evaluate
+from guardmw.guard import Guard
+from guardmw.train.tinysafe import calibrate, data, export
+from guardmw.train.tinysafe.fit import fit, logits_of
+from guardmw.train.tinysafe.model import Classifier
+from guardmw.train.tinysafe.tokenizer import harden
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from guardmw.train.tinysafe.recipe import Recipe
+
+# Times belong to a machine, not to a model.
+FIGURES = ("rows", "unsafe", "precision", "recall", "f1", "macro_f1", "fpr", "auprc", "auroc", "ece")
+
+LOG = "train.log"
+SETTINGS = "recipe.json"
+
+
+def run(pool: Sequence[Path], encoder: Path, out: Path, recipe: Recipe, *, bench: Sequence[Path] = ()) -> None:
+    """Train, calibrate and export. A run that was killed goes on where its last checkpoint was.
+
+    Args:
+        recipe: every setting.
+        pool: files of labelled rows.
+        encoder: folder of a pretrained BERT-like encoder, in the Hugging Face form.
+        out: folder for everything made on the way; the artefact lands in ``out``/artefact.
+        bench: labelled rows that the finished artefact is measured on, for its card; nothing is chosen by them.
+
+    Raises:
+        GuardmwError: the data, the encoder or the folder cannot be used.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _keep_settings(out / SETTINGS, recipe)
+    torch.manual_seed(recipe.seed)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    with (out / LOG).open("a", encoding="utf-8") as log:
+
+        def say(line: str) -> None:
+            stamped = f"{time.strftime('%H:%M:%S')} {line}"
+            for stream in (sys.stderr, log):
+                print(stamped, file=stream, flush=True)
+
+        training, held_out = data.load(pool, recipe)
+        say(f"{len(training)} rows to train on, {len(held_out)} held out")
+        tokenizer = harden(encoder / "tokenizer.json")
+        card = Card(name=recipe.name, max_tokens=recipe.max_tokens, overlap=recipe.overlap, form=recipe.form)
+        windows = Windows(tokenizer, card)
+        train_examples, held_examples = (data.encode(rows, windows, recipe) for rows in (training, held_out))
+        say(f"{sum(len(e.windows[0].ids) for e in train_examples):,} tokens in the first windows")
+        # On a CPU, drawing random numbers for attention dropout takes longer than the attention.
+        network = AutoModel.from_pretrained(encoder, attn_implementation="eager", attention_probs_dropout_prob=0.0)
+        model = Classifier(network)
+        best = fit(model, train_examples, held_examples, recipe, folder=out, say=say)
+        say("calibrating")
+        calibration = calibrate.fit(logits_of(model, held_examples), held_examples, recipe)
+        say("exporting")
+        export.write(
+            out / "artefact",
+            model,
+            tokenizer,
+            card,
+            calibration=calibration,
+            held_out=held_out,
+            provenance={
+                "recipe": recipe.to_dict(),
+                "encoder": encoder.name,
+                "data": export.sources(training),
+                "training": {"rows": len(training), "held_out": len(held_out), **best},
+            },
+        )
+        if bench:
+            say("measuring")
+            export.add_metrics(out / "artefact", "bench", _measured(out / "artefact", bench))
+        say(f"done: {out / 'artefact'}")
+
+
+def _measured(artefact: Path, bench: Sequence[Path]) -> dict[str, Any]:
+    """The figures ``guardmw eval`` gives, by file, without their parts."""
+    files = {rows.stem(path): list(rows.read(path)) for path in bench}
+    report = evaluate(Guard(OnnxBackend(artefact)), files).to_dict()
+    parts = {**report["files"], "all": report["all"]}
+    return {name: {key: figures[key] for key in FIGURES} for name, figures in parts.items()}
+
+
+def _keep_settings(path: Path, recipe: Recipe) -> None:
+    """Write the recipe beside the checkpoint; a checkpoint of another recipe is not to be resumed."""
+    settings = json.dumps(recipe.to_dict(), indent=2) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != settings:
+        raise GuardmwError(f"{path.parent} holds a run with other settings; give another --out, or the same settings")
+    path.write_text(settings, encoding="utf-8")
