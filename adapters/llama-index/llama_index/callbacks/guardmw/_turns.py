@@ -1,0 +1,102 @@
+"""What LlamaIndex hands to models and gets from them, read as turns; none of it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from llama_index.core.base.llms.types import CompletionResponse, MessageRole, TextBlock
+from llama_index.core.bridge.pydantic import BaseModel
+from llama_index.core.schema import ImageNode, MetadataMode
+
+from guardmw import Conversation, ToolCall, Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ContentBlock
+    from llama_index.core.schema import NodeWithScore
+
+_ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
+    MessageRole.SYSTEM: "system",
+    MessageRole.DEVELOPER: "system",
+    MessageRole.USER: "user",
+    MessageRole.ASSISTANT: "assistant",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
+}
+# Where the integrations of OpenAI, Anthropic and LlamaIndex itself keep the arguments of a tool call.
+_ARGUMENTS = ("arguments", "args", "input", "tool_kwargs")
+
+
+def turns_of(messages: Sequence[ChatMessage]) -> tuple[Turn, ...]:
+    """The turns of a chat."""
+    return tuple(_turn(message.role, message.blocks, message.additional_kwargs) for message in messages)
+
+
+def turn_of_answer(response: ChatResponse | CompletionResponse) -> Turn:
+    """What a model answered, as the assistant's turn: a ChatMessage without a role would be the user's."""
+    if isinstance(response, CompletionResponse):
+        return _turn(MessageRole.ASSISTANT, [TextBlock(text=response.text)], response.additional_kwargs)
+    return _turn(MessageRole.ASSISTANT, response.message.blocks, response.message.additional_kwargs)
+
+
+def turn_of_node(node: NodeWithScore) -> Turn:
+    """A retrieved node as a model will read it, with the metadata that it is shown."""
+    kinds = [kind for kind in ("image", "audio", "video") if getattr(node.node, f"{kind}_resource", None)]
+    if isinstance(node.node, ImageNode):
+        kinds.append("image")
+    return Turn("document", node.get_content(MetadataMode.LLM), name=node.node_id, media=tuple(kinds))
+
+
+def _turn(role: str, blocks: Sequence[ContentBlock], extra: Mapping[str, Any]) -> Turn:
+    texts: list[str] = []
+    media: list[str] = []
+    for block in blocks:
+        _read(block, texts, media)
+    calls: list[object] = [block for block in blocks if block.block_type == "tool_call"]
+    calls += extra.get("tool_calls") or ()
+    # OpenAI's form before there were several calls in a turn.
+    if extra.get("function_call"):
+        calls.append(extra["function_call"])
+    return Turn(_ROLES[role], "\n".join(texts), _tool_calls(calls), str(extra.get("name") or ""), tuple(media))
+
+
+def _read(block: ContentBlock, texts: list[str], media: list[str]) -> None:
+    if block.block_type == "text":
+        texts.append(block.text)
+    elif block.block_type == "thinking":
+        texts.append(block.content or "")
+    elif block.block_type == "citable":
+        texts += (block.title, block.source)
+        for inner in block.content:
+            _read(inner, texts, media)
+    elif block.block_type == "citation":
+        texts += (block.title, block.source)
+        _read(block.cited_content, texts, media)
+    elif block.block_type not in ("tool_call", "cache"):
+        # A kind that is not text, or is newer than this code: the verdict will be partial.
+        media.append(block.block_type)
+
+
+def _tool_calls(given: Sequence[object]) -> tuple[ToolCall, ...]:
+    if not given:
+        return ()
+    return Conversation.of({"role": "assistant", "tool_calls": list(map(_tool_call, given))}).last.tool_calls
+
+
+def _tool_call(given: object) -> dict[str, Any]:
+    """A tool call in the form guardmw reads. What is in no known form is judged whole, as its arguments."""
+    call = given.model_dump() if isinstance(given, BaseModel) else given
+    if not isinstance(call, Mapping):
+        return {"name": "", "arguments": str(call)}
+    if isinstance(call.get("function"), Mapping):
+        call = {**call, **call["function"]}
+    arguments = next((call[key] for key in _ARGUMENTS if key in call), dict(call))
+    return {
+        "name": str(call.get("name") or call.get("tool_name") or ""),
+        "arguments": arguments if isinstance(arguments, str | Mapping) else str(arguments),
+        "id": call.get("id") or call.get("tool_id") or call.get("tool_call_id"),
+    }

@@ -1,0 +1,207 @@
+"""A callback handler that stops a LlamaIndex call where a guard blocks what goes in or comes out."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from hashlib import blake2b
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from llama_index.callbacks.guardmw._turns import turn_of_answer, turn_of_node, turns_of
+from llama_index.core.callbacks.base import global_stack_trace
+from llama_index.core.callbacks.base_handler import BaseCallbackHandler
+from llama_index.core.callbacks.schema import CBEventType, EventPayload
+
+from guardmw import Blocked, Conversation, Guard, GuardmwError, Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from guardmw import Backend, Verdict
+
+log = logging.getLogger("guardmw")
+
+REMEMBERED = 1024
+"""How many conversations that passed a handler remembers, so as not to judge a chat's history at every turn."""
+
+_STARTS = (CBEventType.QUERY, CBEventType.RETRIEVE, CBEventType.LLM)
+_ENDS = (CBEventType.RETRIEVE, CBEventType.LLM)
+
+_NOT_SEEN = (
+    "GuardCallbackHandler judges what LlamaIndex tells its callback handlers: queries, LLM inputs and answers, and "
+    "retrieved nodes. It cannot see tools run or agents step, it judges a stream only after its text is out, and it "
+    "hears nothing from an LLM with another callback manager, such as one made before Settings.callback_manager was "
+    "set. Once you have taken care of that: warnings.simplefilter('ignore', CoverageWarning)"
+)
+
+
+class CoverageWarning(UserWarning):
+    """Part of an application is out of a guard's sight; the message says which."""
+
+
+class GuardCallbackHandler(BaseCallbackHandler):
+    """Judges queries and LLM inputs before the model runs, nodes when they are retrieved, answers when they end.
+
+    What the policy blocks, or wants reviewed, raises ``guardmw.Blocked`` out of the call that was made; flags and
+    degraded verdicts go to the log "guardmw". A chat's turns are judged with the turns before them as context, all new
+    ones in one batch. Put it first among several handlers: those after it hear nothing of what it stops. It warns of
+    what it cannot see (CoverageWarning) when it is made, and judges on the thread it is called on, an event loop's too.
+
+    Args:
+        g: a Guard, a Backend, a spec for ``guardmw.load``, or None for the embedded model, loaded at the first event.
+
+    Raises:
+        BackendError: the spec names no backend, or it cannot be made.
+    """
+
+    def __init__(self, g: Guard | Backend | str | None = None) -> None:
+        super().__init__(
+            event_starts_to_ignore=[kind for kind in CBEventType if kind not in _STARTS],
+            event_ends_to_ignore=[kind for kind in CBEventType if kind not in _ENDS],
+        )
+        self._given = g
+        self._guard = Guard(g) if g is not None and not isinstance(g, Guard) else g
+        self._passed: dict[bytes, None] = {}
+        self._lock = Lock()
+        warnings.warn(_NOT_SEEN, CoverageWarning, stacklevel=2)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuardCallbackHandler:
+        # An LLM is copied with its callback manager; the model and the lock stay one.
+        return self
+
+    def __reduce__(self) -> tuple[type[GuardCallbackHandler], tuple[Guard | Backend | str | None]]:
+        # An LLM that is pickled drops the handlers that cannot be, and not only from the copy.
+        return type(self), (self._given,)
+
+    @property
+    def guard(self) -> Guard:
+        """The guard that judges."""
+        with self._lock:
+            if self._guard is None:
+                self._guard = Guard()
+            return self._guard
+
+    def on_event_start(
+        self,
+        event_type: CBEventType,
+        payload: dict[str, Any] | None = None,
+        event_id: str = "",
+        parent_id: str = "",  # noqa: ARG002 - the framework's signature
+        **_: Any,  # noqa: ANN401 - the framework's signature
+    ) -> str:
+        """Judge what is about to be searched for, or to be sent to a model.
+
+        Raises:
+            Blocked: the policy blocks it, or wants it reviewed.
+        """
+        try:
+            self._enter(_input(event_type, payload or {}))
+        except GuardmwError as error:
+            _mark(error)
+            raise
+        return event_id
+
+    def on_event_end(
+        self,
+        event_type: CBEventType,
+        payload: dict[str, Any] | None = None,
+        event_id: str = "",
+        **_: Any,  # noqa: ANN401 - the framework's signature
+    ) -> None:
+        """Judge what was retrieved, or answered. An event that ended with an exception has nothing to judge.
+
+        Raises:
+            Blocked: the policy blocks it, or wants it reviewed.
+        """
+        payload = payload or {}
+        try:
+            if event_type == CBEventType.RETRIEVE:
+                self._enter([(turn_of_node(node),) for node in payload.get(EventPayload.NODES) or ()])
+            else:
+                self._leave(payload)
+        except GuardmwError as error:
+            _mark(error)
+            _pop(event_id)
+            raise
+
+    def start_trace(self, trace_id: str | None = None) -> None:
+        """Nothing: a verdict does not depend on the trace."""
+
+    def end_trace(self, trace_id: str | None = None, trace_map: dict[str, list[str]] | None = None) -> None:
+        """Nothing: a verdict does not depend on the trace."""
+
+    def _enter(self, chats: Iterable[Sequence[Turn]]) -> None:
+        """Judge every turn of these chats that is not the model's own and has not passed before."""
+        policy = self.guard.policy.fingerprint
+        fresh = {
+            key: Conversation(tuple(turns))
+            for chat in chats
+            for key, turns in _trials(chat, policy)
+            if key not in self._passed
+        }
+        verdicts = self.guard.screen_many(fresh.values())
+        with self._lock:
+            for key, verdict in zip(fresh, verdicts, strict=True):
+                if verdict.action == "allow" and not verdict.degraded:
+                    self._passed[key] = None
+            while len(self._passed) > REMEMBERED:
+                del self._passed[next(iter(self._passed))]
+        _enforce(verdicts)
+
+    def _leave(self, payload: Mapping[str, Any]) -> None:
+        """Judge what a model answered, in the light of what it was asked."""
+        response = payload.get(EventPayload.RESPONSE) or payload.get(EventPayload.COMPLETION)
+        if response is None:
+            return
+        context = [turn for chat in _input(CBEventType.LLM, payload) for turn in chat]
+        _enforce([self.guard.screen(Conversation((*context, turn_of_answer(response))))])
+
+
+guardmw_callback_handler = GuardCallbackHandler
+"""The name by which LlamaIndex's callback packages offer their handler."""
+
+
+def _input(event_type: CBEventType, payload: Mapping[str, Any]) -> list[tuple[Turn, ...]]:
+    """The chats in the payload of an event: none, or one."""
+    if event_type != CBEventType.LLM:
+        query = payload.get(EventPayload.QUERY_STR)
+        return [(Turn("user", query),)] if query else []
+    if EventPayload.MESSAGES in payload:
+        return [turns_of(payload[EventPayload.MESSAGES])]
+    if EventPayload.PROMPT in payload:
+        return [(Turn("user", payload[EventPayload.PROMPT]),)]
+    log.warning("an LLM event without messages or a prompt was not judged")
+    return []
+
+
+def _trials(chat: Sequence[Turn], policy: str) -> Iterator[tuple[bytes, Sequence[Turn]]]:
+    """Each turn that is not the model's own with those before it, and a digest of them and of what decides."""
+    digest = blake2b(policy.encode(), digest_size=16)
+    for at, turn in enumerate(chat, start=1):
+        digest.update(repr(turn).encode("utf-8", "surrogatepass"))
+        if turn.role != "assistant":
+            yield digest.digest(), chat[:at]
+
+
+def _enforce(verdicts: Sequence[Verdict]) -> None:
+    """Raise for what may not go on. Review counts: there is nobody beside a callback whom it could ask."""
+    withheld = [verdict for verdict in verdicts if verdict.action in ("block", "review")]
+    if withheld:
+        raise Blocked(max(withheld, key=lambda verdict: verdict.blocked))
+    for verdict in verdicts:
+        if verdict.action == "flag" or verdict.degraded:
+            log.warning("%s at %s: %s", verdict.action, verdict.stage, verdict.summary)
+
+
+def _mark(error: GuardmwError) -> None:
+    # CallbackManager.as_trace pushes an EXCEPTION event on the trace stack for an exception without this mark, and
+    # nothing pops it: whatever is traced later would get the wrong parents.
+    error.event_added = True  # type: ignore[attr-defined]
+
+
+def _pop(event_id: str) -> None:
+    # CallbackManager.on_event_end takes an event off the trace stack only after its handlers returned.
+    stack = global_stack_trace.get()
+    if stack and stack[-1] == event_id:
+        global_stack_trace.set(stack[:-1])
