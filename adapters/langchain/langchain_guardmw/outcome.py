@@ -1,0 +1,56 @@
+"""What a verdict does to the value it was given on."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.messages import AIMessage, AIMessageChunk
+
+from guardmw import Blocked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from guardmw import Verdict
+
+log = logging.getLogger("guardmw")
+
+REFUSAL = "I can't help with that."
+
+
+def withholds(verdict: Verdict) -> bool:
+    """Whether the value may not go on. Review counts: nobody stands beside a chain whom it could ask."""
+    return verdict.action in ("block", "review")
+
+
+def strictest(verdicts: Sequence[Verdict]) -> Verdict | None:
+    """The verdict that withholds, the first that blocks if there are several; None where none does.
+
+    Flags, and verdicts that let through though they are degraded, go to the log ``guardmw``.
+    """
+    withheld = [verdict for verdict in verdicts if withholds(verdict)]
+    if withheld:
+        return max(withheld, key=lambda verdict: verdict.blocked)
+    for verdict in verdicts:
+        if verdict.action == "flag" or verdict.degraded:
+            log.warning("%s at %s: %s", verdict.action, verdict.stage, verdict.summary)
+    return None
+
+
+def refusal(value: object, verdict: Verdict, *, text: str = REFUSAL) -> Any:  # noqa: ANN401 - of the value's own type
+    """What stands in for a withheld answer: a value of its type, as whatever follows in the chain expects it.
+
+    Raises:
+        Blocked: the value is no answer but a prompt, documents, a dict, …; a refusal in its place would be put to the
+            model as a prompt, or break the step that follows.
+    """
+    # The verdict quotes nothing of what was screened.
+    metadata = {"finish_reason": "content_filter", "guardmw": verdict.to_dict()}
+    if isinstance(value, AIMessageChunk):
+        return AIMessageChunk(content=text, id=value.id, response_metadata=metadata, chunk_position="last")
+    if isinstance(value, AIMessage):
+        return AIMessage(content=text, id=value.id, response_metadata=metadata, usage_metadata=value.usage_metadata)
+    if isinstance(value, str):
+        return text
+    raise Blocked(verdict)

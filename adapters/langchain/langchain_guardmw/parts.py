@@ -1,0 +1,380 @@
+"""What a LangChain value says: every text, tool call and picture in it, with who says it and where it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import date, time, timedelta
+from enum import Enum
+from numbers import Number
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from langchain_core.documents import Document
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    BaseMessageChunk,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    convert_to_messages,
+)
+from langchain_core.messages.base import TextAccessor
+from langchain_core.prompt_values import ImagePromptValue, PromptValue
+from langchain_core.runnables import AddableDict
+from pydantic import BaseModel
+
+from guardmw import Conversation, ToolCall, Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from guardmw.conversation import Role, Stage
+
+Kind = tuple[str, ...]
+"""What kind of text in a message it is, as the keys that lead to it."""
+
+Channel = tuple[Hashable, ...]
+"""The way to a part: keys and positions, a Kind or a Beside."""
+
+
+class Beside(Enum):
+    """What stands beside the texts of a value; no key can be mistaken for it."""
+
+    ARTIFACT = "artifact"
+    CALLS = "calls"
+    KEYS = "keys"
+    MEDIA = "media"
+    METADATA = "metadata"
+
+
+# A backend reads the user's last turn, a guard model a few more; a verdict's cost must not grow with the history.
+CONTEXT_TURNS = 10
+
+_ROLES: dict[str, Role] = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+}
+_SPEAKERS: dict[Stage, Role] = {
+    "input": "user",
+    "output": "assistant",
+    "tool_result": "tool",
+    "document": "document",
+}
+# Numbers, dates and identifiers carry no message.
+_BYTES = (bytes, bytearray, memoryview)
+_WORDLESS = (type(None), Number, date, time, timedelta, UUID)
+# Beside the text, providers put identifiers and ciphertexts, which nobody reads (and in which there are no spaces).
+_MARKS = frozenset({"id", "call_id", "tool_call_id", "type", "index", "status", "encrypted_content", "mime_type"})
+_CIPHERS = ("redacted_thinking",)
+_MEDIA = ("image", "audio", "video", "file", "document", "media")
+_TEXT: Kind = ("text",)
+# One name for what every provider calls differently.
+_KINDS: dict[Kind, Kind] = {
+    ("text", "text"): _TEXT,
+    ("input_text", "text"): _TEXT,
+    ("output_text", "text"): _TEXT,
+    ("reasoning", "reasoning"): ("reasoning",),
+    ("thinking", "thinking"): ("reasoning",),
+    ("reasoning_content",): ("reasoning",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One text, the tool calls of one message, or content that cannot be judged.
+
+    Attributes:
+        channel: where it stands. In a stream, parts of one channel belong together.
+        turn: the part alone: text, tool calls or media, never two of them.
+        context: the turns before it.
+        delta: it continues its channel; otherwise it is all that the channel has come to.
+        plain: text that nobody is known to have spoken; the turn takes it for a user's.
+    """
+
+    channel: Channel
+    turn: Turn
+    context: tuple[Turn, ...] = ()
+    delta: bool = False
+    plain: bool = False
+
+    @property
+    def conversation(self) -> Conversation:
+        """The part on trial, in its context."""
+        turn = self.turn
+        if turn.tool_calls:
+            turn = replace(turn, tool_calls=joined(turn.tool_calls))
+        return Conversation((*self.context, turn))
+
+
+def parts(value: object, stage: Stage | None = None) -> list[Part]:
+    """All there is to judge in a value; ``stage`` is that of text which nobody is known to have spoken."""
+    try:
+        return list(_walk(value, (), stage, delta=True))
+    except RecursionError:
+        return [_unreadable(value, (), stage)]
+
+
+def said(text: str, stage: Stage) -> Turn:
+    """A text as a turn at this stage."""
+    if stage == "tool_call":
+        return Turn("assistant", "", (ToolCall("", text),))
+    return Turn(_SPEAKERS[stage], text)
+
+
+def joined(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    """Put the pieces of streamed tool calls together; arguments in escaped JSON are there a second time, unescaped."""
+    whole: dict[str, ToolCall] = {}
+    done = []
+    for call in calls:
+        if not isinstance(call.arguments, str):
+            done.append(call)
+            continue
+        so_far = whole.get(call.id, ToolCall("", "", call.id))
+        whole[call.id] = ToolCall(so_far.name + call.name, f"{so_far.arguments}{call.arguments}", call.id)
+    return (*done, *whole.values(), *filter(None, map(_unescaped, whole.values())))
+
+
+def _unescaped(call: ToolCall) -> ToolCall | None:
+    if not isinstance(call.arguments, str) or "\\" not in call.arguments:
+        return None
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError:
+        return None
+    return replace(call, arguments=arguments if isinstance(arguments, dict) else {"": arguments})
+
+
+def _walk(value: object, path: Channel, stage: Stage | None, *, delta: bool = False) -> Iterator[Part]:
+    if isinstance(value, str):
+        yield _text(value, path, stage, delta=delta)
+    elif isinstance(value, BaseMessage):
+        yield from _message(value, path)
+    elif isinstance(value, Document):
+        yield from _document(value, path)
+    elif isinstance(value, Mapping):
+        yield from _mapping(value, path, stage, delta=delta and isinstance(value, AddableDict))
+    elif isinstance(value, Sequence | AbstractSet) and not isinstance(value, _BYTES):
+        yield from _items(list(value), path, stage)
+    elif (opened := _opened(value)) is not value:
+        yield from _walk(opened, path, stage)
+    elif not isinstance(value, _WORDLESS):
+        yield _unreadable(value, path, stage)
+
+
+def _opened(value: object) -> object:
+    """What is in an object whose fields, or whose only value, are its whole meaning; other values as they are."""
+    if isinstance(value, ImagePromptValue):
+        # Its own message does not say that it is a picture.
+        return HumanMessage([{"type": "image_url", "image_url": dict(value.image_url)}])
+    if isinstance(value, PromptValue):
+        return value.to_messages()
+    if isinstance(value, BaseModel):
+        return dict(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def _text(text: str, path: Channel, stage: Stage | None, *, delta: bool) -> Part:
+    if stage is not None:
+        return Part(path, said(text, stage), delta=delta)
+    # What a message's text, or a parser behind a model, comes as.
+    if isinstance(text, TextAccessor):
+        return Part(path, Turn("assistant", text), delta=delta)
+    return Part(path, Turn("user", text), delta=delta, plain=True)
+
+
+def _unreadable(value: object, path: Channel, stage: Stage | None) -> Part:
+    """Nobody can tell what it says, so that the policy has to."""
+    return Part(
+        (*path, Beside.MEDIA), Turn(_SPEAKERS.get(stage or "input", "assistant"), media=(type(value).__name__,))
+    )
+
+
+def _document(document: Document, path: Channel) -> Iterator[Part]:
+    """Content and metadata as one text: prompts show both."""
+    noted = list(_walk(document.metadata, (*path, Beside.METADATA), "document"))
+    words = filter(None, (document.page_content, *(part.turn.text for part in noted)))
+    yield Part(path, Turn("document", "\n".join(words), name=str(document.metadata.get("source") or "")))
+    yield from (part for part in noted if not part.turn.text)
+
+
+def _mapping(value: Mapping[Any, Any], path: Channel, stage: Stage | None, *, delta: bool = False) -> Iterator[Part]:
+    message = _as_message(value)
+    if message:
+        yield from _message(message, path)
+        return
+    keys = [key for key in value if isinstance(key, str) and not _is_name(key)]
+    if keys:
+        yield from _walk("\n".join(keys), (*path, Beside.KEYS), stage)
+    for key, item in value.items():
+        yield from _walk(item, (*path, key), stage, delta=delta)
+
+
+def _items(items: Sequence[object], path: Channel, stage: Stage | None) -> Iterator[Part]:
+    messages = _as_messages(items)
+    if messages:
+        yield from _messages(messages, path)
+        return
+    for at, item in enumerate(items):
+        yield from _walk(item, (*path, at), stage)
+
+
+def _as_messages(items: Sequence[object]) -> list[BaseMessage] | None:
+    """The items as messages, if that is what they are: a str is one only among others that are more clearly so."""
+    messages = [_as_message(item) for item in items]
+    if not any(messages):
+        return None
+    read = [
+        message or (HumanMessage(item) if isinstance(item, str) else None)
+        for message, item in zip(messages, items, strict=True)
+    ]
+    # Not one is lost by this: where one is no message, none is.
+    return [message for message in read if message] if all(read) else None
+
+
+def _as_message(value: object) -> BaseMessage | None:
+    if isinstance(value, BaseMessage):
+        return value
+    if isinstance(value, Mapping):
+        role = value.get("role", value.get("type")) if "content" in value else None
+        value = dict(value)
+    else:
+        role = value[0] if isinstance(value, tuple | list) and len(value) == 2 else None  # noqa: PLR2004 - role, text
+    if not isinstance(role, str) or role not in _ROLES:
+        return None
+    try:
+        return convert_to_messages([value])[0]  # type: ignore[list-item] # what it is not, it raises for
+    except Exception:  # noqa: BLE001 - it looked like a message, and is walked as what it is
+        return None
+
+
+def _messages(messages: Sequence[BaseMessage], path: Channel) -> Iterator[Part]:
+    before: tuple[Turn, ...] = ()
+    for at, message in enumerate(messages):
+        found = list(_message(message, (*path, at), before))
+        yield from found
+        before = (*before, _turn(message, found))[-CONTEXT_TURNS:]
+
+
+def _is_name(text: str) -> bool:
+    """Whether a key or a name is one that a programmer gives; another may be anybody's text."""
+    return text.replace("-", "_").replace(".", "_").isidentifier()
+
+
+def _turn(message: BaseMessage, found: Sequence[Part]) -> Turn:
+    """A whole message as the context of others."""
+    return Turn(
+        _role(message),
+        "".join(part.turn.text for part in found if part.channel[-1] == _TEXT),
+        joined(call for part in found for call in part.turn.tool_calls),
+        message.name or "",
+        tuple(kind for part in found for kind in part.turn.media),
+    )
+
+
+def _role(message: BaseMessage) -> Role:
+    if isinstance(message, AIMessage):
+        return "assistant"
+    if isinstance(message, SystemMessage):
+        return "system"
+    if isinstance(message, ToolMessage | FunctionMessage):
+        return "tool"
+    if isinstance(message, ChatMessage):
+        return _ROLES.get(message.role, "user")
+    return "user"
+
+
+def _message(message: BaseMessage, path: Channel, context: tuple[Turn, ...] = ()) -> Iterator[Part]:
+    role, name, delta = _role(message), message.name or "", isinstance(message, BaseMessageChunk)
+    besides = {
+        # An answer in sound comes as {"audio": {"data": …, "transcript": …}}.
+        key: {"type": key, **value} if key in _MEDIA and isinstance(value, Mapping) else value
+        for key, value in message.additional_kwargs.items()
+        if key != "function_call"
+    }
+    texts: dict[Kind, list[str]] = {}
+    media: list[str] = []
+    for kind, text in (*_strings(message.content), *_strings(besides), *_strings(message.model_extra or {})):
+        if text is None:
+            media.append(str(kind[-1]))
+        elif text:
+            texts.setdefault(kind, []).append(text)
+    if name and not _is_name(name):
+        texts.setdefault(("name",), []).append(name)
+    for kind, pieces in texts.items():
+        yield Part((*path, kind), Turn(role, "".join(pieces), name=name), context, delta=delta)
+    calls = tuple(_calls(message))
+    if calls:
+        yield Part((*path, Beside.CALLS), Turn("assistant", "", calls, name), context, delta=delta)
+    if media:
+        yield Part((*path, Beside.MEDIA), Turn(role, "", (), name, tuple(media)), context, delta=delta)
+    artifact = getattr(message, "artifact", None)
+    for part in _walk(artifact, (*path, Beside.ARTIFACT), "tool_result"):
+        yield replace(part, context=context)
+
+
+def _calls(message: BaseMessage) -> Iterator[ToolCall]:
+    pieces = message.tool_call_chunks if isinstance(message, AIMessageChunk) else []
+    for piece in pieces:
+        index = piece.get("index")
+        id_ = piece.get("id") if index is None else index
+        yield ToolCall(piece.get("name") or "", piece.get("args") or "", str(id_))
+    if isinstance(message, AIMessage) and not pieces:
+        for call in message.tool_calls:
+            yield ToolCall(call["name"], call["args"], call["id"] or "")
+        for bad in message.invalid_tool_calls:
+            yield ToolCall(bad["name"] or "", bad["args"] or "", bad["id"] or "")
+    legacy = message.additional_kwargs.get("function_call")
+    if isinstance(legacy, Mapping):
+        yield ToolCall(str(legacy.get("name") or ""), str(legacy.get("arguments") or ""), "function_call")
+
+
+def _strings(value: object, path: Kind = ()) -> Iterator[tuple[Kind, str | None]]:
+    """Every string in a message's content with its kind; None in place of content that is not text."""
+    if isinstance(value, str):
+        yield _KINDS.get(path, path or _TEXT), value
+    elif isinstance(value, Mapping):
+        yield from _block(value, path)
+    elif isinstance(value, Sequence | AbstractSet) and not isinstance(value, _BYTES):
+        for item in value:
+            yield from _strings(item, path)
+    elif (opened := _opened(value)) is not value:
+        yield from _strings(opened, path)
+    elif not isinstance(value, _WORDLESS):
+        yield (*path, type(value).__name__), None
+
+
+def _block(block: Mapping[Any, Any], path: Kind) -> Iterator[tuple[Kind, str | None]]:
+    kind = block.get("type")
+    if kind in _CIPHERS:
+        return
+    if isinstance(kind, str):
+        path = (*path, kind)
+        if not kind.endswith("_call") and any(word in kind for word in _MEDIA):
+            yield path, None
+            block = {key: block[key] for key in ("text", "transcript") if key in block}
+    for key, item in block.items():
+        if not _is_mark(str(key), item):
+            yield from _strings(item, (*path, str(key)))
+
+
+def _is_mark(key: str, item: object) -> bool:
+    return isinstance(item, str) and (key in _MARKS or "signature" in key) and len(item.split()) <= 1

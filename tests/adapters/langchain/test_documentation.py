@@ -1,0 +1,42 @@
+"""What the documentation and the example show, they do."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import langchain_guardmw
+import pytest
+
+from guardmw.testing import KeywordBackend
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("page", ["docs/langchain.md", "adapters/langchain/README.md"])
+def test_the_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page is one program; it prints the answer and the verdict."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    exec(compile(code, page, "exec"), {})  # noqa: S102 - our own page
+    assert capsys.readouterr().out == "Bread is flour, water, salt and time.\nunsafe 0.99 (threshold 0.5)\n"
+
+
+def test_the_example_shows_answers_and_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two answers, a question that is stopped, an answer that is."""
+    example = runpy.run_path(str(ROOT / "examples/langchain_chain.py"))
+    example["main"](KeywordBackend({"bomb": 0.99, "hurt": 0.98}))
+    whole, streamed, _ = example["ANSWERS"]
+    assert capsys.readouterr().out.splitlines() == [
+        whole,
+        streamed,
+        "blocked at input: unsafe 0.99 (threshold 0.5)",
+        "Here is what I think of your neighbours. … blocked at output: unsafe 0.98 (threshold 0.5)",
+    ]
+
+
+def test_is_typed_and_exports_what_it_says() -> None:
+    """py.typed is there, and so is every public name."""
+    assert (Path(langchain_guardmw.__file__).parent / "py.typed").exists()
+    assert all(hasattr(langchain_guardmw, name) for name in langchain_guardmw.__all__)
