@@ -17,9 +17,12 @@ from guardmw.errors import ArtefactError, BackendError, BackendUnavailable
 from guardmw.verdict import Coverage, Scores, worst
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from guardmw.conversation import Conversation, Stage
+
+# With more tokens in a run its activations leave the caches, and each window takes longer, not less.
+_RUN_TOKENS = 512
 
 EMBEDDED = Path(__file__).parent.parent / "models"
 
@@ -36,7 +39,7 @@ class OnnxBackend:
         name: what verdicts call it; the card's name by default.
         threads: of onnxruntime per run. More than one pays only on idle cores.
         providers: onnxruntime's execution providers, in order of preference.
-        batch_size: windows per run.
+        batch_size: windows per run at most; long ones run in smaller groups.
         graph: file name of the graph, where the folder has several.
 
     Raises:
@@ -95,7 +98,7 @@ class OnnxBackend:
         return cls(folder, name=repository)
 
     def classify(self, conversations: Sequence[Conversation]) -> list[Scores]:
-        """Score a batch: windows of like length run together, ``batch_size`` at a time."""
+        """Score a batch: windows of like length run together."""
         if not conversations:
             return []
         cuts = self._windows.cut(conversations)
@@ -104,10 +107,8 @@ class OnnxBackend:
             rows = self._run(cuts[0][0])
             return [self._scores([rows[0]], stages[0], cuts[0][1])]
         windows = [window for cut, _ in cuts for window in cut]
-        order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
         logits: list[list[float]] = [[]] * len(windows)
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
+        for batch in self._batches([len(window.ids) for window in windows]):
             for i, row in zip(batch, self._run([windows[i] for i in batch]), strict=True):
                 logits[i] = row
         scores, at = [], 0
@@ -119,6 +120,16 @@ class OnnxBackend:
     async def aclassify(self, conversations: Sequence[Conversation]) -> list[Scores]:
         """Score a batch on a worker thread; onnxruntime lets go of the interpreter while it runs."""
         return await asyncio.to_thread(self.classify, conversations)
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of windows to run together: of like length, so that little is padding."""
+        batch: list[int] = []
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if batch and (len(batch) == self._batch_size or (len(batch) + 1) * lengths[i] > _RUN_TOKENS):
+                yield batch
+                batch = []
+            batch.append(i)
+        yield batch
 
     def _run(self, windows: Sequence[Window]) -> list[list[float]]:
         """One row of logits a window: unsafe, injection, then the categories."""

@@ -56,8 +56,8 @@ def fit(
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     )
     model.to(device)
-    plan = [list(batches(training, recipe, epoch)) for epoch in range(recipe.epochs)]
-    total = sum(map(len, plan))
+    plan = [list(batches(training, recipe, epoch)) for epoch in range(math.ceil(recipe.epochs))]
+    total = round(recipe.epochs * len(plan[0]))
     optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, recipe.warmup))
     step, best, stale = 0, {"auprc": -1.0, "epoch": 0.0, "step": 0.0}, 0
@@ -69,13 +69,13 @@ def fit(
         schedule.load_state_dict(state["schedule"])
         step, best, stale = state["step"], state["best"], state["stale"]
         say(f"resuming at step {step} of {total}")
-    every = max(1, total // (recipe.epochs * recipe.evaluations))
+    every = max(1, len(plan[0]) // recipe.evaluations)
     started, first, losses = time.perf_counter(), step, []
     done = 0
     for epoch, groups in enumerate(plan):
         for batch in groups:
             done += 1
-            if done <= step or stale >= recipe.patience:
+            if done <= step or done > total or stale >= recipe.patience:
                 continue
             model.train()
             with torch.autocast(device.type, dtype=torch.bfloat16):

@@ -35,6 +35,7 @@ class Recipe:
     """A training run.
 
     Attributes:
+        epochs: passes over the rows; the last may be a part of one.
         max_tokens: window length, special tokens included; of a longer text one window is drawn each epoch.
         batch_tokens: tokens per step, padding included.
         focal_gamma: of the focal loss (Lin et al. 2017) on the unsafe and the injection head.
@@ -50,7 +51,7 @@ class Recipe:
     form: Form = FORM
     max_tokens: int = 256
     overlap: int = 48
-    epochs: int = 2
+    epochs: float = 1.33
     batch_tokens: int = 4096
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
