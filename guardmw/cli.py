@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from platform import python_version
 from stat import S_ISREG
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from pydantic import BaseModel
 
@@ -85,8 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says how a command is used, and never repeats an argument: it may be the text to judge."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        told = message if message.startswith("the following arguments are required") else "bad usage"
+        self.exit(FAILED, f"{self.format_usage()}{self.prog}: {told}; a text with spaces goes in quotes\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="guardmw",
         description="Guardrails for LLM agents: judge what goes into a model and what comes out, on this CPU.",
         epilog="Start with: guardmw demo",
@@ -95,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=lambda _: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    guard = argparse.ArgumentParser(add_help=False)
+    guard = _Parser(add_help=False)
     guard.add_argument(
         "--backend", default="embedded", metavar="SPEC", help="what judges: embedded (the default), onnx:FOLDER, …"
     )
@@ -404,7 +413,7 @@ def _train(args: argparse.Namespace) -> int:
     if missing:
         raise GuardmwError(f"training needs {', '.join(missing)}: pip install 'guardmw[train]'")
     recipe = import_module(f"guardmw.train.{args.recipe}")
-    parser = argparse.ArgumentParser(prog=f"guardmw train {args.recipe}", description=recipe.__doc__)
+    parser = _Parser(prog=f"guardmw train {args.recipe}", description=recipe.__doc__)
     recipe.add_arguments(parser)
     status: int = recipe.main(parser.parse_args(args.options))
     return status

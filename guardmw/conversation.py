@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal
+from pathlib import PurePath
 from typing import Any, Literal, get_args
+from uuid import UUID
 
 from guardmw.errors import ConversationError, nearest
 
@@ -25,6 +30,12 @@ _STAGE_OF: dict[str, Stage] = {
 # The names other libraries give the same speakers.
 _ALIASES: dict[str, Role] = {"human": "user", "ai": "assistant", "developer": "system", "function": "tool"}
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
+# Where providers put text and media beside "content"; whatever else a message holds is metadata, and not judged.
+_TEXT_KEYS = ("reasoning_content", "reasoning", "thinking", "refusal")
+_MEDIA_KEYS = ("attachments", "audio", "files", "images", "parts", "videos")
+_ARGUMENT_KEYS = ("arguments", "args", "input", "parameters")
+_ESCAPE = re.compile(r"\\(.)")
+_ESCAPED = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "/": "/"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +61,7 @@ class Turn:
 
     Attributes:
         role: system, user, assistant, tool (a tool's result) or document (retrieved text).
-        name: of the tool that answered, or of the document's source.
+        name: of the tool that answered, or of the document's source; it is not judged.
         media: kinds of content that came with the text and that guardmw cannot judge ("image_url", …); a verdict on
             this turn is partial.
 
@@ -66,9 +77,14 @@ class Turn:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ConversationError(f"unknown role {self.role!r}: {nearest(str(self.role), ROLES)}")
+            word = _told(self.role)
+            raise ConversationError(f"unknown role {repr(word) if word else 'of that kind'}: {nearest(word, ROLES)}")
         if not isinstance(self.text, str):
             raise ConversationError(f"the text of a turn is a str, not {type(self.text).__name__}")
+        if self.tool_calls != ():
+            _check_all(self.tool_calls, ToolCall, "tool_calls")
+        if self.media != ():
+            _check_all(self.media, str, "media")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +100,7 @@ class Conversation:
     def __post_init__(self) -> None:
         if not self.turns:
             raise ConversationError("a conversation needs at least one turn")
+        _check_all(self.turns, Turn, "turns")
 
     @classmethod
     def of(
@@ -105,10 +122,13 @@ class Conversation:
                 f"cannot read a {type(given).__name__} as a conversation: "
                 "give a str, a Turn, a role/content dict, or a list of those",
             )
-        try:
-            return cls(tuple(map(_turn, given)))
-        except ConversationError as error:
-            raise ConversationError(f"{error} (in a conversation of {len(given)} turns)") from None
+        turns = []
+        for at, one in enumerate(given, 1):
+            try:
+                turns.append(_turn(one))
+            except ConversationError as error:
+                raise ConversationError(f"turn {at} of {len(given)}: {error}") from None
+        return cls(tuple(turns))
 
     @property
     def last(self) -> Turn:
@@ -147,11 +167,18 @@ def _turn(given: object) -> Turn:
     if not isinstance(role, str):
         raise ConversationError(f"a role is a str, not {type(role).__name__}")
     calls = tuple(map(_tool_call, _calls(given)))
+    if given.get("content") is not None and given.get("text") is not None:
+        raise ConversationError("a turn has either 'content' or 'text', not both")
     # OpenAI's form gives a turn that only calls tools the content None.
-    content = given.get("content", given.get("text"))
-    if content is None and not calls:
+    content = given.get("text") if given.get("content") is None else given["content"]
+    beside = [given[key] for key in _TEXT_KEYS if given.get(key)]
+    if content is None and not calls and not beside:
         raise ConversationError("a turn needs content: {'role': 'user', 'content': '…'}")
     text, media = _read(content)
+    for part in beside:
+        more, kinds = _read(part)
+        text, media = (f"{more}\n{text}" if text else more), (*media, *kinds)
+    media += tuple(key for key in _MEDIA_KEYS if given.get(key))
     return Turn(_ALIASES.get(role, role), text, calls, str(given.get("name") or ""), media)  # type: ignore[arg-type]
 
 
@@ -179,19 +206,71 @@ def _read(content: object) -> tuple[str, tuple[str, ...]]:
         elif isinstance(block, Mapping) and block.get("type") in _TEXT_BLOCKS and isinstance(block.get("text"), str):
             texts.append(block["text"])
         elif isinstance(block, Mapping) and isinstance(block.get("type"), str):
-            media.append(block["type"])
+            media.append(_told(block["type"]) or "unknown")
         else:
             raise ConversationError("a content block is a str or a dict with a type: {'type': 'text', 'text': '…'}")
     return "\n".join(texts), tuple(media)
 
 
+def _told(word: object) -> str:
+    """A word as a message may repeat it; nothing where it may be text that is to be screened."""
+    return word if isinstance(word, str) and word.isidentifier() and len(word) <= 20 else ""  # noqa: PLR2004 - a word
+
+
+def _check_all(given: object, kind: type, what: str) -> None:
+    if not isinstance(given, tuple):
+        raise ConversationError(f"{what} is a tuple of {kind.__name__}, not {type(given).__name__}")
+    for one in given:
+        if not isinstance(one, kind):
+            raise ConversationError(f"{what} holds {kind.__name__}, not {type(one).__name__}")
+
+
 def _spelled(arguments: Mapping[str, Any]) -> str:
+    """Arguments as a reader sees them: JSON, but with line breaks and quotes for their escapes, which glue to words."""
     try:
-        return json.dumps(arguments, ensure_ascii=False, default=str)
-    except (TypeError, ValueError):  # keys that are no strings, or a dict that holds itself
-        return str(arguments)
+        spelled = json.dumps(dict(arguments), ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError, RecursionError):
+        raise ConversationError(
+            "the arguments of a tool call are plain JSON values: str keys, no cycles, no deep nesting"
+        ) from None
+    return unescaped(spelled)
+
+
+def unescaped(text: str) -> str:
+    """JSON text with line breaks, tabs, quotes and backslashes in place of their escapes."""
+    return _ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[0]), text) if "\\" in text else text
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return list(value)
+    if hasattr(value, "tolist"):  # numpy's arrays abbreviate themselves as text
+        return value.tolist()
+    if isinstance(value, date | time | Decimal | UUID | PurePath):
+        return str(value)
+    raise TypeError
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, if no key comes twice: parsers differ in which they keep."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key comes twice")
+    return made
+
+
+def loads(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    """The JSON value of a text.
+
+    Raises:
+        ValueError: it is none, is nested too deeply, or has an object with the same key twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
-        raise ConversationError("the arguments of a tool call are nested too deeply to be read") from None
+        raise ValueError("nested too deeply") from None
 
 
 def _tool_call(given: object) -> ToolCall:
@@ -203,13 +282,17 @@ def _tool_call(given: object) -> ToolCall:
     call = given.get("function", given)
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
         raise ConversationError("a tool call needs a name: {'name': '…', 'arguments': {…}}")
-    arguments = call.get("arguments", call.get("args"))
+    holders = (call,) if call is given else (call, given)
+    found = [holder[key] for holder in holders for key in _ARGUMENT_KEYS if holder.get(key) is not None]
+    if len(found) > 1:
+        raise ConversationError("a tool call has its arguments once: {'name': '…', 'arguments': {…}}")
+    arguments = found[0] if found else {}
     if isinstance(arguments, str):
         try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
+            parsed = loads(arguments)
+        except ValueError:
             parsed = arguments
         arguments = parsed if isinstance(parsed, dict) else arguments
-    if arguments is not None and not isinstance(arguments, str | Mapping):
+    if not isinstance(arguments, str | Mapping):
         raise ConversationError(f"a tool call's arguments are a dict or a str, not {type(arguments).__name__}")
-    return ToolCall(call["name"], {} if arguments is None else arguments, str(given.get("id") or ""))
+    return ToolCall(call["name"], arguments, str(given.get("id") or ""))

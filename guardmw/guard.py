@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from guardmw.backends import load
+from guardmw.backends import Backend, load
 from guardmw.backends._plan import Ask, Plan, arun, run
-from guardmw.conversation import STAGES, Conversation
-from guardmw.errors import BackendError, Blocked, ConversationError
+from guardmw.conversation import STAGES, Conversation, Turn
+from guardmw.errors import BackendError, Blocked, ConversationError, PolicyError
 from guardmw.policy import Policy
 from guardmw.verdict import Coverage, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
-    from guardmw.backends import Backend
-    from guardmw.conversation import Turn
     from guardmw.verdict import Scores
 
     Screenable = str | Turn | Conversation | Mapping[str, Any] | Sequence[Turn | Mapping[str, Any]]
@@ -34,11 +33,16 @@ class Guard:
         policy: when to act; thresholds it leaves open are taken from the backend.
 
     Raises:
-        BackendError: the spec names no backend, or it cannot be made.
+        BackendError: the spec names no backend, it cannot be made, or what was given is none.
+        PolicyError: the policy is no Policy.
     """
 
     def __init__(self, backend: Backend | str = "embedded", *, policy: Policy | None = None) -> None:
         self.backend = load(backend) if isinstance(backend, str) else backend
+        if not isinstance(self.backend, Backend):
+            raise BackendError(f"{type(backend).__name__} is no backend: it needs name, classify and aclassify")
+        if not isinstance(policy, Policy | None):
+            raise PolicyError(f"a policy is a Policy, not {type(policy).__name__}; for a file: Policy.load(path)")
         self._policy = (policy or Policy()).advised(getattr(self.backend, "thresholds", {}))
         # Asked for at every verdict, and a pydantic model is slow to ask.
         self._rules = {stage: self._policy.at(stage) for stage in STAGES}
@@ -65,7 +69,7 @@ class Guard:
         return (await arun(self._plan([Conversation.of(given)])))[0]
 
     def screen_many(self, given: Iterable[Screenable]) -> list[Verdict]:
-        """Judge many in one batch: one verdict each, in their order.
+        """Judge many in one batch: one verdict each, in their order. A backend that fails, fails for all of them.
 
         Raises:
             ConversationError: one cannot be read as a conversation; the message gives its index, and none is judged.
@@ -98,7 +102,7 @@ class Guard:
                 continue
             scores = scored.get(i)
             if scores:
-                coverage = scores.coverage or Coverage(characters, characters)
+                coverage = _covered(scores.coverage, characters)
             else:
                 coverage = Coverage(characters, characters if _blank(trial) else 0, 0)
             if media:
@@ -118,11 +122,22 @@ def enforce(verdict: Verdict) -> Verdict:
     return verdict
 
 
+def _covered(stated: Coverage | None, characters: int) -> Coverage:
+    """What a backend states that it read of so many characters; of how many is not for it to say."""
+    if stated is None:
+        return Coverage(characters, characters)
+    if stated.characters == characters >= stated.judged:
+        return stated
+    return replace(stated, characters=characters, judged=min(stated.judged, characters))
+
+
 def _blank(text: str) -> bool:
     return not text or text.isspace()
 
 
 def _read(given: Iterable[Screenable]) -> list[Conversation]:
+    if isinstance(given, str | bytes | Mapping | Turn | Conversation) or not isinstance(given, Iterable):
+        raise ConversationError(f"many conversations come as a list of them, not as one {type(given).__name__}")
     conversations = []
     for index, one in enumerate(given):
         try:

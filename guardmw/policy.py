@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
-from guardmw.conversation import STAGES, Stage
+from guardmw.conversation import STAGES, Stage, loads
 from guardmw.errors import PolicyError, nearest
 from guardmw.taxonomy import CATEGORIES, Category
 from guardmw.verdict import ACTIONS, SEVERITY, Action, Coverage, Scores, Verdict, Violation
@@ -34,13 +34,17 @@ THRESHOLD = 0.5
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _name_the_fix(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401 - any input
-        try:
-            return handler(data)
-        except ValidationError as error:
-            raise PolicyError("; ".join(dict.fromkeys(map(_complaint, error.errors())))) from None
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice: the second would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        """A mapping of distinct keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the key {twice!r} comes twice")
+        return super().construct_mapping(node, deep)
 
 
 class StagePolicy(_Strict):
@@ -87,6 +91,14 @@ class Policy(_Strict):
     _rules: dict[Stage, Rules] = PrivateAttr()
     _fingerprint: str = PrivateAttr()
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_the_fix(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401 - any input
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise PolicyError("; ".join(dict.fromkeys(map(_complaint, error.errors())))) from None
+
     def model_post_init(self, _context: object, /) -> None:
         """Work out, once, what every verdict needs."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
@@ -113,12 +125,10 @@ class Policy(_Strict):
             PolicyError: the file cannot be read, is not a mapping, or holds a key or value that is not valid.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = _text(Path(path))
             # Not all JSON is YAML: it allows tabs, and 1e-05.
-            data = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-        except (OSError, UnicodeDecodeError) as error:
-            raise PolicyError(f"cannot read the policy {path}: {error}") from None
-        except (yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+            data = loads(text) if Path(path).suffix == ".json" else yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise PolicyError(f"{path} is not YAML or JSON: {error}") from None
         if data is not None and not isinstance(data, dict):
             raise PolicyError(f"{path} holds a {type(data).__name__}; a policy is a mapping, such as 'threshold: 0.5'")
@@ -245,9 +255,17 @@ class Rules:
             return f"{coverage.judged} of {coverage.characters} characters were judged"
         if coverage.media:
             return f"not judged: {', '.join(dict.fromkeys(coverage.media))}"
-        if coverage.unreadable > self._max_unreadable * coverage.characters:
+        # As if all of it stood in one window: a share of a long text could be a whole passage.
+        if coverage.unreadable * max(coverage.windows, 1) > self._max_unreadable * coverage.characters:
             return f"{coverage.unreadable} of {coverage.characters} characters are unreadable to the model"
         return ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"cannot read the policy {path}: {error}") from None
 
 
 def _steps(*limits: Limit | None) -> tuple[tuple[Action, float], ...]:
@@ -272,7 +290,7 @@ def _complaint(error: Mapping[str, Any]) -> str:
     where = [part for part in loc if part not in ("at", "steps", "[key]")]
     path = ".".join(where)
     if error["type"] == "extra_forbidden":
-        known: Iterable[str] = StagePolicy.model_fields if where[0] == "stages" else Policy.model_fields
+        known: Iterable[str] = (StagePolicy if where[0] == "stages" else Policy).model_fields
         return f"unknown key {path!r}: {nearest(where[-1], known)}"
     if error["type"] == "literal_error":
         known = {"stages": STAGES, "categories": CATEGORIES}.get(loc[-3] if loc[-1] == "[key]" else "", ACTIONS)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
@@ -22,6 +23,15 @@ from guardmw.taxonomy import CATEGORIES
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+# No test is timed: hypothesis would otherwise fail one that a busy machine made slow.
+settings.register_profile(
+    "untimed",
+    parent=settings.get_profile(settings.get_current_profile_name()),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("untimed")
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SIGNS = [*string.ascii_lowercase, *string.digits, *string.punctuation]

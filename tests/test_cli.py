@@ -766,3 +766,10 @@ def test_importing_the_command_line_is_cheap() -> None:
     code = "import sys, guardmw.cli; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
     assert not {"onnxruntime", "tokenizers", "numpy", "rich", "torch", "transformers"} & set(loaded)
+
+
+@pytest.mark.parametrize("argv", [["check", "hunter2", "secret"], ["hunter2 secret"], ["check", "--json=hunter2", "x"]])
+def test_bad_usage_does_not_repeat_what_was_typed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A text without quotes is the likeliest mistake."""
+    assert cli.main(argv) == 2
+    assert "hunter2" not in capsys.readouterr().err

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from guardmw import Conversation, ConversationError, ToolCall, Turn
-from guardmw.conversation import ROLES
+from guardmw.conversation import ROLES, unescaped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 TEXTS = st.text(st.characters())  # every code point, halves of surrogate pairs too
 CALLS = st.builds(ToolCall, st.text(), st.dictionaries(st.text(), st.text()) | st.text(), st.text())
@@ -116,19 +122,106 @@ def nested() -> dict[str, Any]:
     return made
 
 
+class Wrapped(Mapping[str, Any]):
+    """A mapping that is no dict, and prints as an address."""
+
+    def __getitem__(self, key: str) -> Any:
+        return {"cmd": "EVIL"}[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["cmd"])
+
+    def __len__(self) -> int:
+        return 1
+
+
 @pytest.mark.parametrize(
-    "arguments", [{("a", 1): "EVIL"}, circle(), {"cmd": {"EVIL"}}, {"cmd": float("nan"), "x": "EVIL"}]
+    "arguments",
+    [
+        {"cmd": {"EVIL"}},
+        {"cmd": float("nan"), "x": "EVIL"},
+        Wrapped(),
+        {"inner": Wrapped()},
+        {"cmd": np.array(["ls"] * 3000 + ["EVIL"] + ["ls"] * 3000)},
+        {"cmd": Path("EVIL")},
+    ],
 )
-def test_arguments_that_are_no_json_are_on_trial_too(arguments: Any) -> None:
-    """A call made in process may hold anything; it is judged by how it prints."""
+def test_arguments_made_in_process_are_on_trial_too(arguments: Any) -> None:
+    """What is no JSON, but says plainly what it holds, is read in full."""
     assert "EVIL" in Conversation.of(Turn("assistant", tool_calls=(ToolCall("shell", arguments),))).trial
 
 
-def test_arguments_too_deep_to_read_are_refused() -> None:
-    """The error is ours, and not Python's about its stack."""
-    conversation = Conversation.of(Turn("assistant", tool_calls=(ToolCall("shell", nested()),)))
-    with pytest.raises(ConversationError, match="nested too deeply"):
+@pytest.mark.parametrize("arguments", [{("a", 1): "EVIL"}, circle(), nested(), {"cmd": object()}, {"n": 10**5000}])
+def test_arguments_nobody_can_read_are_refused(arguments: Any) -> None:
+    """The error is ours, and does not quote them."""
+    conversation = Conversation.of(Turn("assistant", tool_calls=(ToolCall("shell", arguments),)))
+    with pytest.raises(ConversationError, match="plain JSON values") as caught:
         _ = conversation.trial
+    assert "EVIL" not in str(caught.value)
+
+
+def test_escapes_do_not_glue_to_words() -> None:
+    """A line break written as backslash and n would make "rm" a word nobody knows."""
+    call = ToolCall("shell", {"cmd": "cd x\nrm y", "path": "C:\\new"})
+    assert str(call) == 'shell {"cmd": "cd x\nrm y", "path": "C:\\new"}'
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "shell", "input": {"cmd": "EVIL"}},
+        {"name": "shell", "parameters": {"cmd": "EVIL"}},
+        {"function": {"name": "shell", "parameters": {"cmd": "EVIL"}}},
+        {"function": {"name": "shell"}, "arguments": {"cmd": "EVIL"}},
+        {"name": "shell", "arguments": None, "args": {"cmd": "EVIL"}},
+        {"name": "shell", "arguments": '{"cmd": "EVIL", "cmd": "ls"}'},
+    ],
+)
+def test_arguments_are_found_under_every_providers_key(call: Any) -> None:
+    """Arguments under a key nobody looks at would run unjudged; so would the first of two under one key."""
+    assert "EVIL" in Conversation.of({"role": "assistant", "tool_calls": [call]}).trial
+
+
+def test_a_call_has_its_arguments_once() -> None:
+    """Of two sets, nobody knows which will run."""
+    with pytest.raises(ConversationError, match="arguments once"):
+        Conversation.of({"role": "assistant", "tool_calls": [{"name": "f", "args": {"a": 1}, "input": {"a": 2}}]})
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "refusal"])
+def test_text_beside_the_content_is_on_trial(key: str) -> None:
+    """Providers put what a model thinks beside what it says."""
+    assert Conversation.of({"role": "assistant", "content": "Hello", key: "EVIL"}).trial == "EVIL\nHello"
+
+
+@pytest.mark.parametrize("key", ["attachments", "audio", "files", "images"])
+def test_media_beside_the_content_are_told(key: str) -> None:
+    """What nothing can judge makes the verdict partial."""
+    assert Conversation.of({"role": "user", "content": "Hello", key: [{"data": "…"}]}).last.media == (key,)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Turn("my password is hunter2", "user"),  # type: ignore[arg-type]
+        lambda: Turn("assistant", "", ToolCall("x")),  # type: ignore[arg-type]
+        lambda: Turn("user", "", (), "", "image"),  # type: ignore[arg-type]
+        lambda: Conversation("hunter2"),  # type: ignore[arg-type]
+        lambda: Conversation(({"role": "user", "content": "hunter2"},)),  # type: ignore[arg-type]
+        lambda: Conversation.of({"role": "user", "content": "hunter2", "text": "hello"}),
+    ],
+)
+def test_a_part_of_the_wrong_type_is_told_without_quoting_it(make: Callable[[], object]) -> None:
+    """Swapped arguments put text where an error might repeat it."""
+    with pytest.raises(ConversationError) as caught:
+        make()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_kind_of_media_is_a_word() -> None:
+    """A verdict tells the kind, and so must not tell what a sender wrote there."""
+    block = {"type": "my secret \x1b[31m password"}
+    assert Conversation.of({"role": "user", "content": [block]}).last.media == ("unknown",)
 
 
 def test_text_and_calls_are_on_trial_together() -> None:
@@ -186,9 +279,9 @@ def test_the_text_of_a_turn_is_a_str() -> None:
         Turn("user", b"Hello")  # type: ignore[arg-type]
 
 
-def test_an_error_says_how_long_the_conversation_was() -> None:
+def test_an_error_says_which_turn_it_was() -> None:
     """A long history has one bad turn somewhere."""
-    with pytest.raises(ConversationError, match=r"in a conversation of 2 turns"):
+    with pytest.raises(ConversationError, match=r"turn 2 of 2: a turn needs content"):
         Conversation.of([Turn("user", "Hello"), {"role": "user"}])
 
 
@@ -218,7 +311,7 @@ def test_everything_the_last_turn_says_is_on_trial(turn: Turn) -> None:
         if isinstance(call.arguments, str):
             assert call.arguments in trial
         else:
-            assert json.dumps(call.arguments, ensure_ascii=False) in trial
+            assert unescaped(json.dumps(call.arguments, ensure_ascii=False)) in trial
 
 
 @given(MESSAGES | JSON | st.lists(MESSAGES, max_size=2))

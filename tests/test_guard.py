@@ -20,6 +20,7 @@ from guardmw import (
     Coverage,
     Guard,
     Policy,
+    PolicyError,
     Scores,
     ToolCall,
     Turn,
@@ -204,6 +205,12 @@ def test_what_failure_means_is_the_policys_to_say(way: Way, action: Any) -> None
     assert (verdict.action, verdict.degraded, verdict.reason) == (action, True, "broken: it fell over")
 
 
+def test_a_failure_without_a_message_is_one_all_the_same() -> None:
+    """It is told by its type."""
+    verdict = Guard(Broken(BackendUnavailable()), policy=Policy(on_error="review")).screen("Hello")
+    assert (verdict.action, verdict.reason) == ("review", "BackendUnavailable")
+
+
 def test_failure_can_mean_something_else_at_one_stage() -> None:
     """A document can wait for a person where a user cannot."""
     policy = Policy(stages={"document": StagePolicy(on_error="review")})
@@ -347,3 +354,32 @@ def test_a_guard_prints_its_backend_and_policy() -> None:
     guard = Guard(KEYWORD)
     guard.screen("EVIL")
     assert repr(guard) == f"Guard('keyword', policy={guard.policy.fingerprint})"
+
+
+@pytest.mark.parametrize("given_", ["say EVIL", b"EVIL", {"role": "user", "content": "EVIL"}, Turn("user", "EVIL"), 5])
+def test_many_is_a_list_and_not_one(given_: Any) -> None:
+    """A str is an iterable of letters, none of which is EVIL."""
+    with pytest.raises(ConversationError, match="list"):
+        Guard(KeywordBackend({"EVIL": 0.99})).screen_many(given_)
+
+
+@pytest.mark.parametrize("backend", [None, 3, object()])
+def test_what_is_no_backend_is_refused_at_once(backend: Any) -> None:
+    """Not at the first text."""
+    with pytest.raises(BackendError, match="no backend"):
+        Guard(backend)
+
+
+def test_what_is_no_policy_is_refused_with_the_way_to_load_one() -> None:
+    """A path is the likely mistake."""
+    with pytest.raises(PolicyError, match=r"Policy\.load"):
+        Guard(KeywordBackend({}), policy="policy.yaml")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stated", [Coverage(5, 5), Coverage(0, 0)])
+def test_how_long_the_text_is_is_not_for_the_backend_to_say(stated: Coverage) -> None:
+    """A backend that cut the text and counted what was left has not read all of it."""
+    verdict = Guard(ScriptedBackend([Scores(0.1, coverage=stated)])).screen("x" * 100)
+    assert verdict.action == "block"
+    assert verdict.coverage.characters == 100
+    assert "of 100 characters were judged" in verdict.reason

@@ -228,7 +228,7 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"treshold": 0.5}, "unknown key 'treshold': did you mean 'threshold'?"),
-        ({"stages": {"input": {"injektion": 0.5}}}, "'injektion': did you mean 'injection'?"),
+        ({"stages": {"input": {"injektion": 0.5}}}, "'stages.input.injektion': did you mean 'injection'?"),
         ({"stages": {"imput": {}}}, "unknown 'imput': did you mean 'input'?"),
         ({"categories": {"violense": 0.5}}, "unknown 'violense': did you mean 'violence'?"),
         ({"threshold": {"blok": 0.5}}, "unknown 'blok': did you mean 'block'?"),
@@ -297,3 +297,35 @@ def test_the_json_schema_describes_every_setting() -> None:
     assert schema["properties"].keys() == Policy.model_fields.keys()
     assert schema["additionalProperties"] is False
     assert json.loads(json.dumps(schema)) == schema
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("twice.yaml", "on_error: block\non_error: allow\n"),
+        ("twice.json", '{"on_error": "block", "on_error": "allow"}'),
+        ("inner.yaml", "stages:\n  input: {threshold: 0.5, threshold: 1.0}\n"),
+    ],
+)
+def test_a_key_that_comes_twice_is_an_error(tmp_path: Path, name: str, text: str) -> None:
+    """The second would win, and the first be what its writer believes in."""
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(PolicyError, match="twice"):
+        Policy.load(path)
+
+
+@pytest.mark.parametrize("text", ["threshold: 2024-13-45", "threshold: !!float abc", "threshold: " + "9" * 5000])
+def test_values_that_break_a_parser_are_policy_errors(tmp_path: Path, text: str) -> None:
+    """YAML's constructors raise plain ValueErrors."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(PolicyError):
+        Policy.load(path)
+
+
+def test_an_unread_passage_counts_however_long_the_text() -> None:
+    """A tenth of a long text may be a whole message."""
+    coverage = Coverage(6380, 6380, windows=6, unreadable=250)
+    verdict = Policy().decide("document", Scores(0.01), coverage)
+    assert (verdict.action, verdict.degraded) == ("block", True)

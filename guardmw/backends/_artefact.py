@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from guardmw.conversation import STAGES, Stage
+from guardmw.conversation import STAGES, Stage, loads
 from guardmw.errors import ArtefactError
 from guardmw.taxonomy import CATEGORIES
 
@@ -103,7 +102,7 @@ def _one_of(folder: Path, names: Sequence[str]) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -113,10 +112,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _card(path: Path, content: dict[str, Any]) -> Card:
     try:
-        return Card.model_validate(content)
+        card = Card.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise ArtefactError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if len(set(card.labels)) < len(card.labels):
+        raise ArtefactError(f"{path}: labels: one comes twice")
+    return card
 
 
 def _tinysafe(folder: Path) -> Card:

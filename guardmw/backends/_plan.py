@@ -33,12 +33,13 @@ def run(plan: Plan[T]) -> T:
     try:
         ask = next(plan)
         while True:
+            failure = None
             try:
                 scores = _checked(ask, ask.backend.classify(ask.conversations))
             except Exception as error:  # noqa: BLE001 - whatever a backend raises, the plan decides what follows
-                ask = plan.throw(_failure(ask, error))
-            else:
-                ask = plan.send(scores)
+                failure = _failure(ask, error)
+            # Thrown out here, the failure does not carry the foreign error, whose message may quote the text.
+            ask = plan.throw(failure) if failure else plan.send(scores)
     except StopIteration as stop:
         result: T = stop.value
         return result
@@ -49,12 +50,13 @@ async def arun(plan: Plan[T]) -> T:
     try:
         ask = next(plan)
         while True:
+            failure = None
             try:
                 scores = _checked(ask, await ask.backend.aclassify(ask.conversations))
             except Exception as error:  # noqa: BLE001 - whatever a backend raises, the plan decides what follows
-                ask = plan.throw(_failure(ask, error))
-            else:
-                ask = plan.send(scores)
+                failure = _failure(ask, error)
+            # Thrown out here, the failure does not carry the foreign error, whose message may quote the text.
+            ask = plan.throw(failure) if failure else plan.send(scores)
     except StopIteration as stop:
         result: T = stop.value
         return result
@@ -74,6 +76,4 @@ def _failure(ask: Ask, error: Exception) -> BackendError:
     """A backend's failure as BackendError. A foreign error's message may quote the text, so only its type is told."""
     if isinstance(error, BackendError):
         return error
-    failure = BackendError(f"{ask.backend.name}: {type(error).__name__}")
-    failure.__cause__ = error
-    return failure
+    return BackendError(f"{ask.backend.name}: {type(error).__name__}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from guardmw.conversation import unescaped
 from guardmw.errors import ArtefactError
 from guardmw.verdict import Coverage
 
@@ -17,10 +19,17 @@ if TYPE_CHECKING:
     from guardmw.backends._artefact import Card
     from guardmw.conversation import Conversation
 
-# Unicode "tag" characters are invisible and spell out ASCII: a language model reads them, so a guard must.
-_TAGS = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)}
+# Letters that no tokenizer knows and every reader does: invisible "tag" characters, which spell out ASCII; negative
+# circled, negative squared and regional indicator letters, which no normal form folds.
+_FOLDED = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)} | {
+    first + i: chr(ord("a") + i) for first in (0x1F150, 0x1F170, 0x1F1E6) for i in range(26)
+}
 # Half of a surrogate pair is no character, and no tokenizer takes it.
-_HIDDEN = re.compile("[\U000e0020-\U000e007e]|[\ud800-\udfff]")
+_HIDDEN = re.compile(
+    "[\U000e0020-\U000e007e\U0001f150-\U0001f169\U0001f170-\U0001f189\U0001f1e6-\U0001f1ff\ud800-\udfff]"
+)
+# Some characters unfold to whole phrases. No text needs more tokens than this for each of its characters.
+_TOKENS_PER_CHARACTER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +68,22 @@ class Windows:
 
     def cut(self, conversations: Sequence[Conversation]) -> list[tuple[list[Window], Coverage]]:
         """The windows of each conversation, and what they cover."""
-        trials = [_readable(conversation.trial) for conversation in conversations]
-        encoded = self._encode(trials)
+        texts = [_as_read(conversation) for conversation in conversations]
         cuts = []
-        for conversation, trial, ids in zip(conversations, trials, encoded, strict=True):
+        for conversation, text, ids in zip(conversations, texts, self._encode(texts), strict=True):
+            characters = len(conversation.trial)
             prefix = self._prefixes.get(conversation.stage, [])
             tail = [self.sep, *self._context(conversation)]
             room = self._card.max_tokens - 1 - len(prefix) - len(tail)
-            step = room - self._card.overlap
-            starts = range(0, max(len(ids) - self._card.overlap, 1), step)
+            unfolded = len(ids) > _TOKENS_PER_CHARACTER * len(text) + room
+            read = ids[:room] if unfolded else ids
             windows = []
-            for start in starts:
-                body = [self.cls, *prefix, *ids[start : start + room]]
+            for start in range(0, max(len(read) - self._card.overlap, 1), room - self._card.overlap):
+                body = [self.cls, *prefix, *read[start : start + room]]
                 segments = [0] * (len(body) + 1) + [1] * (len(tail) - 1)
                 windows.append(Window(body + tail, segments))
-            # Tokenizers drop U+FFFD, which stands where a character was lost.
-            unreadable = trial.count("\ufffd") + (self._unreadable(trial) if self.unk in ids else 0)
-            cuts.append((windows, Coverage(len(trial), len(trial), len(windows), unreadable)))
+            unreadable = 0 if text.isascii() and self.unk not in ids else self._unreadable(text)
+            cuts.append((windows, Coverage(characters, 0 if unfolded else characters, len(windows), unreadable)))
         return cuts
 
     def _context(self, conversation: Conversation) -> list[int]:
@@ -95,10 +103,13 @@ class Windows:
         return [ids if signs.isdisjoint(ids) else [self.unk if id_ in signs else id_ for id_ in ids] for ids in encoded]
 
     def _unreadable(self, text: str) -> int:
-        """Letters and digits under unknown tokens; an emoji the model never met is no reason for doubt."""
+        """Characters that say something, and came to no token or the unknown one."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        unknown = [span for id_, span in zip(encoding.ids, encoding.offsets, strict=True) if id_ == self.unk]
-        return sum(character.isalnum() for start, end in unknown for character in text[start:end])
+        read = bytearray(len(text))
+        for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if id_ != self.unk:
+                read[start:end] = b"\1" * (end - start)
+        return sum(not seen and _says_something(character) for character, seen in zip(text, read, strict=True))
 
     def _special(self, token: str) -> int:
         id_: int | None = self._tokenizer.token_to_id(token)
@@ -107,8 +118,30 @@ class Windows:
         return id_
 
 
+def _as_read(conversation: Conversation) -> str:
+    """The text on trial in the form it is tokenised in."""
+    text = _readable(conversation.trial)
+    # A tool's call is spelled without escapes; what it or a document brings may be JSON text.
+    if conversation.stage in ("tool_result", "document") and text.lstrip()[:1] in ("{", "["):
+        return unescaped(text)
+    return text
+
+
 def _readable(text: str) -> str:
-    """The text with invisible letters made visible and halves of surrogate pairs replaced, character for character."""
+    """The text with hidden letters made plain and halves of surrogate pairs replaced, character for character."""
     if text.isascii() or not _HIDDEN.search(text):
         return text
-    return _HIDDEN.sub(lambda match: _TAGS.get(ord(match[0]), "\ufffd"), text)
+    return _HIDDEN.sub(lambda match: _FOLDED.get(ord(match[0]), "\ufffd"), text)
+
+
+def _says_something(character: str) -> bool:
+    """Letters, digits, braille, and where a character is private or lost; not an emoji that the model never met."""
+    name = unicodedata.name(character, "")
+    return (
+        character.isalnum()
+        or character == "\ufffd"
+        or unicodedata.category(character) == "Co"
+        or "LETTER" in name
+        or "BRAILLE" in name
+        or "\U000e0100" <= character <= "\U000e01ef"  # variation selectors that smuggle bytes
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,17 +181,20 @@ class OnnxBackend:
             raise ArtefactError(f"{graph} gives {width} category logits, but there are {len(self.card.labels)} labels")
 
 
-def embedded(_rest: str = "") -> OnnxBackend:
+def embedded(rest: str = "") -> OnnxBackend:
     """The model that ships in this package; what "embedded" loads."""
+    if rest:
+        raise BackendUnavailable("there is one embedded model; for one of yours: onnx:FOLDER")
     return OnnxBackend(EMBEDDED, name="embedded")
 
 
 def from_spec(rest: str) -> OnnxBackend:
     """What "onnx:FOLDER" and "onnx:OWNER/NAME@REVISION" load."""
     repository, at, revision = rest.partition("@")
-    if at and not Path(rest).exists():
+    local = os.path.lexists(rest)  # a path too long to be one is none, not an error
+    if at and not local:
         return OnnxBackend.from_hub(repository, revision=revision)
-    if not Path(rest).exists() and rest.count("/") == 1:
+    if not local and rest.count("/") == 1:
         raise BackendUnavailable(
             f"{rest} is no local folder; for a model of the hub, pin its revision: onnx:{rest}@REVISION"
         )

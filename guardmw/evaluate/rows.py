@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from guardmw.conversation import Conversation, ToolCall, Turn
+from guardmw.conversation import loads as unique_loads
 from guardmw.errors import ConversationError, DataError, GuardmwError, nearest
 from guardmw.taxonomy import CATEGORIES
 
@@ -38,6 +38,7 @@ class Row:
         categories: the kinds of harm, or None where it is unsafe in a way nobody wrote down.
         attack: "jailbreak", "prompt_injection" or "".
         weak: the label is by construction or by machine.
+        id, origin: its own name, and that of the row it was made from.
     """
 
     conversation: Conversation
@@ -47,6 +48,8 @@ class Row:
     source: str = ""
     license: str = ""
     weak: bool = False
+    id: str = ""
+    origin: str = ""
 
 
 def stem(path: str | Path) -> str:
@@ -104,13 +107,11 @@ def loads(line: bytes) -> object:
     if len(line) > LONGEST_LINE:
         raise ConversationError(f"longer than {LONGEST_LINE // 2**20} MiB")
     try:
-        value: object = json.loads(line.decode("utf-8-sig"))
+        value: object = unique_loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise ConversationError("not UTF-8") from None
     except ValueError:
-        raise ConversationError("not JSON") from None
-    except RecursionError:
-        raise ConversationError("nested too deeply") from None
+        raise ConversationError("not JSON, nested too deeply, or with a key that comes twice") from None
     return value
 
 
@@ -146,7 +147,7 @@ def conversation(given: object, *, role: str = "user") -> Conversation:
 
 
 def _turn(given: Mapping[str, object], role: object) -> Turn:
-    text = given.get("text")
+    text = given.get("text") if given.get("content") is None else given["content"]
     if role == "tool_call" and isinstance(text, str) and not given.get("tool_calls"):
         return Turn("assistant", tool_calls=(tool_call(text),))
     roles = {"tool_call": "assistant", "tool_result": "tool"}
@@ -158,8 +159,8 @@ def tool_call(text: str) -> ToolCall:
     """A call from ``{"name": …, "arguments": {…}}`` or ``name {…}``; any other text stays as it is, without a name."""
     match = _CALL.fullmatch(text.strip())
     try:
-        given = json.loads(match[2] if match else text)
-    except (ValueError, RecursionError):
+        given = unique_loads(match[2] if match else text)
+    except ValueError:
         return ToolCall("", text)
     if match and isinstance(given, dict):
         return ToolCall(match[1], given)
@@ -191,6 +192,8 @@ def _row(given: object, source: str) -> Row:
         source=_string(given, "source") or source,
         license=_string(given, "license"),
         weak=bool(given.get("weak")),
+        id=_string(given, "id"),
+        origin=_string(given, "origin"),
     )
 
 

@@ -102,7 +102,7 @@ def test_tool_calls_are_read(artefact: MakeArtefact) -> None:
     assert scores(OnnxBackend(artefact()), call).unsafe == pytest.approx(HIGH)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(
     st.lists(
         st.text(st.characters()) | st.lists(st.sampled_from(["evil", "bread", "ignore"])).map(" ".join), max_size=6
@@ -148,7 +148,7 @@ def test_text_in_disguise_is_judged_by_what_it_spells(artefact: MakeArtefact) ->
     for text in (
         f"bread {tags}",
         "ev\x00il",
-        "\ud83devil",
+        "bread and butter \ud83devil",
         "ev\u200bil",
         "ＥＶＩＬ",
         "x" * 640 + "evil",

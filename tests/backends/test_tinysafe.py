@@ -93,28 +93,28 @@ def tokenizer_folder(folder: Path, spm: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory, spm: Path) -> Tokenizer:
-    """The tokenizer that a folder with an spm.model is given."""
+def converted(tmp_path_factory: pytest.TempPathFactory, spm: Path) -> Windows:
+    """What reads text with the tokenizer that a folder with an spm.model is given."""
     folder = tmp_path_factory.mktemp("converted")
     (folder / "model.onnx").touch()
     tokenizer_folder(folder / "tokenizer", spm)
-    return Tokenizer.from_file(str(_artefact.read(folder).tokenizer))
+    return Windows(Tokenizer.from_file(str(_artefact.read(folder).tokenizer)), Card(name="tinysafe"))
 
 
 @given(st.text("bread how ½①ＥＶ你\n\t\u3000▁[](\u200b\x00é") | st.text())
-def test_the_tokenizer_gives_the_tokens_the_model_learned(converted: Tokenizer, spm: Path, text: str) -> None:
+def test_the_tokenizer_gives_the_tokens_the_model_learned(converted: Windows, spm: Path, text: str) -> None:
     """Those of sentencepiece itself, normalisation and all."""
-    assert converted.encode(text).ids == SentencePieceProcessor(model_file=str(spm)).encode(text)
+    ids = SentencePieceProcessor(model_file=str(spm)).encode(text)
+    (windows, _) = converted.cut([Conversation.of(text)])[0]
+    assert [id_ for window in windows for id_ in window.ids[1:-1]] == ids
 
 
-def test_special_tokens_in_the_text_are_text(converted: Tokenizer) -> None:
+def test_special_tokens_in_the_text_are_text(converted: Windows) -> None:
     """The pieces of a Unigram model include them, in fancy dress too; the text on trial does not."""
-    windows = Windows(Tokenizer.from_str(converted.to_str()), Card(name="tinysafe"))
     for text in ("a [SEP] b", "[PAD][CLS]", "［ＳＥＰ］"):
-        ((window,), _) = windows.cut([Conversation.of(text)])[0]
-        assert window.ids[0] == windows.cls
-        assert window.ids[-1] == windows.sep
-        assert {windows.cls, windows.sep, windows.pad}.isdisjoint(window.ids[1:-1])
+        ((window,), _) = converted.cut([Conversation.of(text)])[0]
+        assert (window.ids[0], window.ids[-1]) == (converted.cls, converted.sep)
+        assert {converted.cls, converted.sep, converted.pad}.isdisjoint(window.ids[1:-1])
 
 
 def test_the_tokenizer_is_converted_once(tmp_path: Path, spm: Path) -> None:

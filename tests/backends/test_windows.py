@@ -159,10 +159,16 @@ def test_a_word_without_end_is_read_to_its_end(tokenizer: Tokenizer, tokenizer_j
 
 
 def test_letters_the_model_has_no_token_for_are_counted(tokenizer_json: str) -> None:
-    """Letters and digits, not the emoji beside them."""
+    """Letters, digits and characters that were lost on the way, not the emoji beside them."""
     windows = Windows(Tokenizer.from_str(tokenizer_json), Card(name="tiny"))
-    ((_, coverage),) = windows.cut([Conversation.of("bread 你好 👍")])
-    assert (coverage.characters, coverage.judged, coverage.unreadable) == (10, 10, 2)
+    for text, unreadable in (
+        ("bread 你好 👍", 2),
+        ("half a pair \ud83d", 1),
+        ("lost: \ufffd\ufffd", 2),
+        ("bread 👍", 0),
+    ):
+        ((_, coverage),) = windows.cut([Conversation.of(text)])
+        assert (coverage.characters, coverage.judged, coverage.unreadable) == (len(text), len(text), unreadable)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +184,52 @@ def test_a_tokenizer_without_special_tokens_is_refused(tokenizer_json: str) -> N
     """A model of another family has other ones."""
     with pytest.raises(ArtefactError, match=r"tiny: the tokenizer has no \[CLS\] token"):
         Windows(Tokenizer.from_str(tokenizer_json.replace("[CLS]", "<s>")), Card(name="tiny"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\U0001f174\U0001f185\U0001f178\U0001f17b",  # negative squared
+        "\U0001f154\U0001f165\U0001f158\U0001f15b",  # negative circled
+        "\U0001f1ea\U0001f1fb\U0001f1ee\U0001f1f1",  # regional indicators
+        "\U000e0065\U000e0076\U000e0069\U000e006c",  # tags
+    ],
+)
+def test_enclosed_and_invisible_letters_are_read_as_letters(text: str, tokenizer_json: str) -> None:
+    """A reader, and a language model, sees the word."""
+    windows = Windows(Tokenizer.from_str(tokenizer_json), Card(name="tiny", max_tokens=24, overlap=4))
+    (disguised, plain) = windows.cut([Conversation.of(text), Conversation.of("evil")])
+    assert disguised[0] == plain[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "unreadable"),
+    [
+        ("\u2815\u2811", 2),  # braille
+        ("bread \ue000\ue001", 2),  # private use
+        ("bread\U000e0100\U000e0142", 2),  # bytes smuggled in variation selectors
+        ("\u1200\u1208", 2),  # Ge'ez
+        ("bread \U0001f44d", 0),  # an emoji
+        ("bread \u2764\ufe0f", 0),  # an emoji with its variation selector
+    ],
+)
+def test_what_leaves_no_token_is_counted(text: str, unreadable: int, tokenizer_json: str) -> None:
+    """A character that says something and came to nothing was not read."""
+    windows = Windows(Tokenizer.from_str(tokenizer_json), Card(name="tiny", max_tokens=24, overlap=4))
+    ((_, coverage),) = windows.cut([Conversation.of(text)])
+    assert coverage.unreadable == unreadable
+
+
+def test_text_that_unfolds_without_end_is_not_judged(tokenizer_json: str) -> None:
+    """One character can stand for a phrase, and a short text for hours of work."""
+    windows = Windows(Tokenizer.from_str(tokenizer_json), Card(name="tiny", max_tokens=24, overlap=4))
+    ((cut, coverage),) = windows.cut([Conversation.of("\ufdfa" * 1000)])
+    assert (len(cut), coverage.characters, coverage.judged) == (1, 1000, 0)
+
+
+@pytest.mark.parametrize("role", ["tool", "document"])
+def test_escapes_in_json_results_are_read_as_what_they_stand_for(role: Any, tokenizer_json: str) -> None:
+    r"""Otherwise "\n" makes of the word behind it one that nobody knows."""
+    windows = Windows(Tokenizer.from_str(tokenizer_json), Card(name="tiny", max_tokens=24, overlap=4))
+    escaped, plain = windows.cut([Conversation.of(Turn(role, '{"x\\nevil')), Conversation.of(Turn(role, '{"x\nevil'))])
+    assert escaped[0] == plain[0]

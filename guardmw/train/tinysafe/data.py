@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from guardmw.backends._windows import Window, Windows
     from guardmw.conversation import Stage
     from guardmw.train.tinysafe.recipe import Recipe
+
+
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +57,20 @@ class Example:
 def load(paths: Iterable[Path], recipe: Recipe) -> tuple[list[Row], list[Row]]:
     """Read rows, drop repeated texts, and hold some out: (training, held out).
 
-    Which side a row falls on follows from its text alone, so that a run on more data never trains on what an earlier
-    one was measured on.
+    Which side a row falls on follows from its content alone, so that a run on more data never trains on what an earlier
+    one was measured on. A held-out row that shares its prompt with a training row, or was made from one, is dropped: it
+    would measure memory.
 
     Raises:
         DataError: a file or line is not valid, or a side lacks safe or unsafe rows.
     """
     unique = {_key(row): row for path in paths for row in read(path)}
     training: list[Row] = []
-    held_out: list[Row] = []
+    candidates: list[Row] = []
     for key, row in unique.items():
-        side = held_out if int(key[:8], 16) < recipe.held_out * 2**32 else training
-        side.append(row)
+        (candidates if int(key[:8], 16) < recipe.held_out * 2**32 else training).append(row)
+    known = {trait for row in training for trait in _traits(row)}
+    held_out = [row for row in candidates if known.isdisjoint(_traits(row))]
     for side, name in ((training, "training"), (held_out, "held-out")):
         labels = Counter(row.unsafe for row in side)
         if len(labels) < 2:  # noqa: PLR2004 - safe and unsafe
@@ -72,6 +78,17 @@ def load(paths: Iterable[Path], recipe: Recipe) -> tuple[list[Row], list[Row]]:
                 f"the {name} rows hold {labels[True]} unsafe and {labels[False]} safe ones; training needs both"
             )
     return training, held_out
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """A name for these rows, whatever their order."""
+    return hashlib.sha256("".join(sorted(map(_key, rows))).encode()).hexdigest()[:16]
+
+
+def _traits(row: Row) -> set[str]:
+    """What rows that belong together have in common: the row behind them, and the words the user said."""
+    said = next((turn.text for turn in row.conversation.context if turn.role == "user"), row.conversation.trial)
+    return {" ".join(_WORD.findall(said.lower())), *filter(None, (row.id, row.origin))}
 
 
 def encode(rows: Sequence[Row], windows: Windows, recipe: Recipe) -> list[Example]:

@@ -14,7 +14,7 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from guardmw.backends._artefact import CARD
-from guardmw.backends.onnx import OnnxBackend
+from guardmw.errors import GuardmwError
 from guardmw.evaluate import metrics
 
 if TYPE_CHECKING:
@@ -25,53 +25,30 @@ if TYPE_CHECKING:
 
     from guardmw.backends._artefact import Card
     from guardmw.evaluate.rows import Row
-    from guardmw.train.tinysafe.calibrate import Calibration
     from guardmw.train.tinysafe.model import Classifier
+    from guardmw.verdict import Scores
 
 INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
 OUTPUTS = ["binary_logit", "category_logits", "injection_logit"]
-# Parity is measured on so many held-out rows: enough for AUPRC to the second place, little enough to wait for.
-PARITY_ROWS = 1000
+LEAST_AGREEMENT = 0.95
 
 
-def write(
-    folder: Path,
-    model: Classifier,
-    tokenizer: Tokenizer,
-    card: Card,
-    *,
-    calibration: Calibration,
-    held_out: Sequence[Row],
-    provenance: dict[str, Any],
-) -> None:
-    """Write model.onnx (int8), tokenizer.json and card.json, and the fp32 graph beside the folder.
-
-    The card gets the parity of int8 with fp32 on held-out rows, measured through the backend that serves.
-    """
+def write(folder: Path, model: Classifier, tokenizer: Tokenizer, card: Card) -> Path:
+    """Write model.onnx (int8), tokenizer.json and card.json, and the same in fp32 beside it; return that folder."""
     whole = folder.parent / "fp32"
     for made in (folder, whole):
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
         tokenizer.save(str(made / "tokenizer.json"))
+        _write_card(made, card.model_dump(mode="json"))
     _graph(model, whole / "model.onnx")
     _quantise(whole / "model.onnx", folder / "model.onnx")
-    stated = card.model_dump(mode="json") | {
-        "temperature": calibration.temperature,
-        "thresholds": calibration.thresholds,
-    }
-    for made in (folder, whole):
-        _write_card(made, stated)
-    stated |= provenance
-    _write_card(folder, stated)
-    add_metrics(folder, "held_out", calibration.report)
-    add_metrics(folder, "int8", _parity(whole, folder, held_out[:PARITY_ROWS]))
+    return whole
 
 
-def add_metrics(folder: Path, name: str, figures: dict[str, Any]) -> None:
-    """Enter figures into an artefact's card, rounded to 4 places."""
-    stated = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    stated.setdefault("metrics", {})[name] = _rounded(figures)
-    _write_card(folder, stated)
+def complete(folder: Path, stated: dict[str, Any]) -> None:
+    """Enter more into an artefact's card, floats rounded to 4 places."""
+    _write_card(folder, json.loads((folder / CARD).read_text(encoding="utf-8")) | _rounded(stated))
 
 
 def _write_card(folder: Path, stated: dict[str, Any]) -> None:
@@ -121,17 +98,24 @@ def _quantise(whole: Path, path: Path) -> None:
     quantize_dynamic(graph, str(path), weight_type=QuantType.QInt8, per_channel=True)
 
 
-def _parity(whole: Path, folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
-    """How far int8 moves scores and decisions from fp32."""
-    conversations = [row.conversation for row in rows]
+def parity(
+    whole: Sequence[Scores], quantised: Sequence[Scores], rows: Sequence[Row], thresholds: dict[str, float]
+) -> dict[str, Any]:
+    """How far int8 moved scores and decisions of rows from fp32.
+
+    Raises:
+        GuardmwError: so far that it is another model.
+    """
     unsafe = np.array([row.unsafe for row in rows])
-    before, after = (
-        np.array([scores.unsafe for scores in OnnxBackend(made).classify(conversations)]) for made in (whole, folder)
-    )
+    threshold = np.array([thresholds[row.conversation.stage] for row in rows])
+    before, after = (np.array([scores.unsafe for scores in given]) for given in (whole, quantised))
+    agreement = float(((before >= threshold) == (after >= threshold)).mean())
+    if agreement < LEAST_AGREEMENT:
+        raise GuardmwError(f"int8 and fp32 agree on {agreement:.1%} of held-out rows only; the fp32 graph is kept")
     return {
         "rows": len(rows),
         "mean_difference": float(np.abs(before - after).mean()),
-        "agreement": float(((before >= 0.5) == (after >= 0.5)).mean()),  # noqa: PLR2004 - either side of even odds
+        "agreement": agreement,
         "auprc_fp32": metrics.auprc(unsafe, before),
         "auprc_int8": metrics.auprc(unsafe, after),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,15 +24,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """What a model says of examples: unsafe (n,), categories (n, 7), injection (n,)."""
-
-    unsafe: metrics.Floats
-    categories: metrics.Floats
-    injection: metrics.Floats
 
 
 def fit(
@@ -57,7 +47,7 @@ def fit(
     )
     model.to(device)
     plan = [list(batches(training, recipe, epoch)) for epoch in range(math.ceil(recipe.epochs))]
-    total = round(recipe.epochs * len(plan[0]))
+    total = min(round(recipe.epochs * len(plan[0])), sum(map(len, plan)))
     optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, recipe.warmup))
     step, best, stale = 0, {"auprc": -1.0, "epoch": 0.0, "step": 0.0}, 0
@@ -94,10 +84,10 @@ def fit(
                 say(f"epoch {epoch + 1}, step {step} of {total}, loss {loss_now:.4f}, {left / 60:.0f} min left")
             if step % every and step != total:
                 continue
-            auprc = _auprc(logits_of(model, held_out), held_out)
+            auprc = _auprc(_scores(model, held_out), held_out)
             say(f"step {step}: held-out AUPRC {auprc:.4f} (best so far {max(best['auprc'], 0):.4f})")
             stale += 1
-            if auprc > best["auprc"]:
+            if auprc >= best["auprc"]:
                 best, stale = {"auprc": auprc, "epoch": float(epoch + 1), "step": float(step)}, 0
                 torch.save(model.state_dict(), folder / BEST)
             _save(checkpoint, model, optimizer, schedule, {"step": step, "best": best, "stale": stale})
@@ -106,21 +96,20 @@ def fit(
 
 
 @torch.inference_mode()
-def logits_of(model: Classifier, examples: Sequence[Example]) -> Logits:
-    """Judge examples as serving does: every window, and of each logit the highest."""
+def _scores(model: Classifier, examples: Sequence[Example]) -> metrics.Floats:
+    """Unsafe logits (n,), as serving finds them: of every window, the highest."""
     model.eval()
     device = next(model.parameters()).device
     flat = [(i, window) for i, example in enumerate(examples) for window in example.windows]
     flat.sort(key=lambda pair: len(pair[1].ids))
-    highest = np.full((len(examples), 2 + len(CATEGORIES)), -np.inf)
+    highest = np.full(len(examples), -np.inf)
     for start in range(0, len(flat), 64):
         group = flat[start : start + 64]
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            unsafe, categories, injection = model(*_tensors([(examples[i], window) for i, window in group], device))
-        rows = torch.cat((unsafe, injection, categories), dim=1).float().cpu().numpy()
-        for (i, _), row in zip(group, rows, strict=True):
-            highest[i] = np.maximum(highest[i], row)
-    return Logits(highest[:, 0], highest[:, 2:], highest[:, 1])
+            unsafe, _, _ = model(*_tensors([(examples[i], window) for i, window in group], device))
+        for (i, _), logit in zip(group, unsafe[:, 0].float().tolist(), strict=True):
+            highest[i] = max(highest[i], logit)
+    return highest
 
 
 def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,12 +159,13 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - up) / max(1, total - up)))
 
 
-def _auprc(logits: Logits, examples: Sequence[Example]) -> float:
+def _auprc(scores: metrics.Floats, examples: Sequence[Example]) -> float:
     """The mean over stages: most rows are user turns, and the other surfaces count as much."""
     labels = np.array([example.unsafe for example in examples])
     stages = np.array([example.stage for example in examples])
-    values = [metrics.auprc(labels[stages == stage], logits.unsafe[stages == stage]) for stage in set(stages)]
-    return float(np.mean([value for value in values if value is not None]))
+    values = [metrics.auprc(labels[stages == stage], scores[stages == stage]) for stage in set(stages)]
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else metrics.auprc(labels, scores) or 0.0
 
 
 def _save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from guardmw.evaluate import rows
 from guardmw.evaluate.report import evaluate
 from guardmw.guard import Guard
 from guardmw.train.tinysafe import calibrate, data, export
-from guardmw.train.tinysafe.fit import fit, logits_of
+from guardmw.train.tinysafe.fit import fit
 from guardmw.train.tinysafe.model import Classifier
 from guardmw.train.tinysafe.tokenizer import harden
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from guardmw.evaluate.rows import Row
     from guardmw.train.tinysafe.recipe import Recipe
 
 # Times belong to a machine, not to a model.
@@ -49,7 +51,6 @@ def run(pool: Sequence[Path], encoder: Path, out: Path, recipe: Recipe, *, bench
         GuardmwError: the data, the encoder or the folder cannot be used.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _keep_settings(out / SETTINGS, recipe)
     torch.manual_seed(recipe.seed)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -61,6 +62,8 @@ def run(pool: Sequence[Path], encoder: Path, out: Path, recipe: Recipe, *, bench
                 print(stamped, file=stream, flush=True)
 
         training, held_out = data.load(pool, recipe)
+        rows_digest = data.digest(training)
+        _keep_settings(out / SETTINGS, {"recipe": recipe.to_dict(), "encoder": encoder.name, "rows": rows_digest})
         say(f"{len(training)} rows to train on, {len(held_out)} held out")
         tokenizer = harden(encoder / "tokenizer.json")
         card = Card(name=recipe.name, max_tokens=recipe.max_tokens, overlap=recipe.overlap, form=recipe.form)
@@ -71,27 +74,42 @@ def run(pool: Sequence[Path], encoder: Path, out: Path, recipe: Recipe, *, bench
         network = AutoModel.from_pretrained(encoder, attn_implementation="eager", attention_probs_dropout_prob=0.0)
         model = Classifier(network)
         best = fit(model, train_examples, held_examples, recipe, folder=out, say=say)
-        say("calibrating")
-        calibration = calibrate.fit(logits_of(model, held_examples), held_examples, recipe)
         say("exporting")
-        export.write(
-            out / "artefact",
-            model,
-            tokenizer,
-            card,
-            calibration=calibration,
-            held_out=held_out,
-            provenance={
-                "recipe": recipe.to_dict(),
-                "encoder": encoder.name,
-                "data": export.sources(training),
-                "training": {"rows": len(training), "held_out": len(held_out), **best},
-            },
-        )
+        whole = export.write(out / "artefact", model, tokenizer, card)
+        say("calibrating")
+        stated = {
+            **_calibrated(out / "artefact", whole, held_out, recipe),
+            "recipe": recipe.to_dict(),
+            "encoder": encoder.name,
+            "data": export.sources(training),
+            "training": {"rows": len(training), "held_out": len(held_out), **best},
+        }
+        export.complete(out / "artefact", stated)
         if bench:
             say("measuring")
-            export.add_metrics(out / "artefact", "bench", _measured(out / "artefact", bench))
+            stated["metrics"]["bench"] = _measured(out / "artefact", bench)
+            export.complete(out / "artefact", stated)
         say(f"done: {out / 'artefact'}")
+
+
+def _calibrated(artefact: Path, whole: Path, held_out: Sequence[Row], recipe: Recipe) -> dict[str, Any]:
+    """Temperatures and thresholds from one half of the held-out rows, and figures from the other."""
+    shuffled = random.Random(recipe.seed).sample(held_out, len(held_out))  # noqa: S311 - an order, not a secret
+    fitting, reporting = shuffled[::2], shuffled[1::2]
+    backend = OnnxBackend(artefact)
+    temperatures, thresholds = calibrate.fit(calibrate.measure(backend, fitting), recipe.target_fpr)
+    export.complete(artefact, {"temperature": temperatures, "thresholds": thresholds})
+    conversations = [row.conversation for row in reporting]
+    export.complete(whole, {"temperature": temperatures, "thresholds": thresholds})
+    before, after = (OnnxBackend(folder).classify(conversations) for folder in (whole, artefact))
+    return {
+        "temperature": temperatures,
+        "thresholds": thresholds,
+        "metrics": {
+            "held_out": calibrate.report(calibrate.measure(backend, reporting), temperatures, thresholds),
+            "int8": export.parity(before, after, reporting, thresholds),
+        },
+    }
 
 
 def _measured(artefact: Path, bench: Sequence[Path]) -> dict[str, Any]:
@@ -102,9 +120,11 @@ def _measured(artefact: Path, bench: Sequence[Path]) -> dict[str, Any]:
     return {name: {key: figures[key] for key in FIGURES} for name, figures in parts.items()}
 
 
-def _keep_settings(path: Path, recipe: Recipe) -> None:
-    """Write the recipe beside the checkpoint; a checkpoint of another recipe is not to be resumed."""
-    settings = json.dumps(recipe.to_dict(), indent=2) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != settings:
-        raise GuardmwError(f"{path.parent} holds a run with other settings; give another --out, or the same settings")
-    path.write_text(settings, encoding="utf-8")
+def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write what a run depends on beside its checkpoint; a checkpoint of another run is not to be resumed."""
+    text = json.dumps(settings, indent=2) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise GuardmwError(
+            f"{path.parent} holds a run with other settings or rows; give another --out, or the same ones"
+        )
+    path.write_text(text, encoding="utf-8")

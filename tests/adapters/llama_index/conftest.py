@@ -1,7 +1,7 @@
 """Models that count their calls, and a LlamaIndex whose settings are its own after every test."""
 
 # Fakes are what they stand in for.
-# ruff: noqa: D102, ANN401
+# ruff: noqa: D102
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The handler stops what its guard blocks, wherever LlamaIndex lets a handler, and leaves everything else as it was."""
 
 # The ways to call a model are named as LlamaIndex names them, and fakes are what they stand in for.
-# ruff: noqa: D102, D103, ANN401
+# ruff: noqa: D102, D103
 
 from __future__ import annotations
 
