@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from guardmw.backends import onnx as onnx_backend
 from guardmw.taxonomy import CATEGORIES
 
 if TYPE_CHECKING:
@@ -105,13 +104,6 @@ def artefact(tmp_path: Path, tokenizer_json: str) -> MakeArtefact:
         return folder
 
     return make
-
-
-@pytest.fixture(scope="session")
-def embedded_model() -> None:
-    """Skip where the embedded model has not been trained yet."""
-    if not (onnx_backend.EMBEDDED / "model.onnx").exists():
-        pytest.skip("guardmw/models holds no model.onnx")
 
 
 def graph(*, segments: bool, injection: bool, length: int | None, bias: float) -> onnx.ModelProto:

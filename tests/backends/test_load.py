@@ -77,7 +77,6 @@ def test_a_folder_is_loaded_by_its_path(artefact: MakeArtefact) -> None:
     assert backend.name == "tiny"
 
 
-@pytest.mark.usefixtures("embedded_model")
 def test_the_embedded_model_is_loaded_by_its_name() -> None:
     """And is what a Guard takes where it is given nothing."""
     assert load("embedded").name == "embedded"

@@ -180,6 +180,18 @@ def test_a_model_that_gives_no_numbers_is_a_failure(artefact: MakeArtefact) -> N
     assert (verdict.action, verdict.degraded) == ("block", True)
 
 
+def test_a_run_that_fails_is_a_failure(artefact: MakeArtefact, tokenizer_json: str) -> None:
+    """A tokenizer that knows more tokens than its graph, and an error that does not say which."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.add_tokens(["secret"])
+    folder = artefact()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    verdict = Guard(OnnxBackend(folder)).screen("a secret")
+    assert (verdict.action, verdict.degraded) == ("block", True)
+    assert verdict.reason.startswith("tiny: onnxruntime failed (")
+    assert "secret" not in verdict.reason
+
+
 @pytest.mark.parametrize("bias", [1e6, -1e6, math.inf, -math.inf])
 def test_logits_without_bounds_are_probabilities_all_the_same(artefact: MakeArtefact, bias: float) -> None:
     """An exponential overflows where nobody looks."""
@@ -305,7 +317,6 @@ def test_a_folder_with_an_at_sign_is_a_folder(artefact: MakeArtefact) -> None:
     assert load(f"onnx:{artefact('guard@v1')}").name == "tiny"
 
 
-@pytest.mark.usefixtures("embedded_model")
 def test_the_embedded_model_keeps_the_contract() -> None:
     """The one in this package, as every other."""
     backend_contract(lambda: load("embedded"))()

@@ -56,7 +56,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(pool: Path, encoder: Path, out: Path, *more: str) -> int:
     """Run the command as a user does."""
     # Few steps find the word; the others, past the best AUPRC there is, make it certain.
-    sizes = ("--epochs", "8", "--batch-tokens", "1024", "--learning-rate", "0.003", "--patience", "99", "--threads", "1")
+    sizes = ("--epochs", "8", "--batch-tokens", "1024", "--learning-rate", "0.003", "--patience", "99")
+    more = ("--threads", "1", *more)
     return main(["train", "tinysafe", str(pool), "--encoder", str(encoder), "--out", str(out), *sizes, *more])
 
 
