@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from guardmw.errors import BackendUnavailable, nearest
@@ -50,6 +49,8 @@ def load(spec: str) -> Backend:
         BackendError: the backend could not be made; the message says why.
     """
     name, _, rest = spec.partition(":")
+    from importlib.metadata import entry_points  # noqa: PLC0415 - as long to import as a third of guardmw
+
     known = entry_points(group=GROUP)
     if name not in known.names:
         raise BackendUnavailable(f"unknown backend {name!r}: {nearest(name, sorted(known.names))}")

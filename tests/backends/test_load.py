@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from importlib.metadata import EntryPoint, EntryPoints
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
             "lacking_inside": f"{__name__}:lacking_inside",
         }.items()
     )
-    monkeypatch.setattr(guardmw.backends, "entry_points", lambda *, group: points.select(group=group))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: points.select(group=group))
 
 
 def lacking_inside(_rest: str) -> Backend:

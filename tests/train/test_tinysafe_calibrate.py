@@ -28,15 +28,15 @@ def test_a_temperature_undoes_overconfidence() -> None:
     assert figures["ece_after"] < 0.03 < figures["ece_before"]
 
 
-def test_false_alarms_are_as_rare_as_asked_or_the_threshold_is_one_half() -> None:
+def test_false_alarms_are_as_rare_as_asked() -> None:
     """On the rows it was fitted on, to the letter."""
     measured = {"all": overconfident(4000, 1.0), "injection": overconfident(4000, 1.0)}
-    temperatures, thresholds = fit(measured, 0.4)
+    temperatures, thresholds = fit(measured, 0.05)
     logits, labels = measured["all"]
     scores = 1 / (1 + np.exp(-logits / temperatures["input"]))
     fpr = metrics.at_threshold(labels, scores >= thresholds["input"]).fpr
     assert fpr is not None
-    assert 0.3 < fpr <= 0.4
+    assert 0.04 < fpr <= 0.05
 
 
 def test_a_stage_of_few_rows_shares_what_all_say() -> None:
@@ -54,9 +54,9 @@ def test_a_stage_of_few_rows_shares_what_all_say() -> None:
     assert thresholds.keys() == {"injection", "input", "output", "tool_call", "tool_result", "document"}
 
 
-def test_rows_told_apart_without_error_do_not_block_everything() -> None:
-    """The lowest threshold without a false alarm would be close to 0."""
+def test_rows_told_apart_without_error_do_not_make_a_trigger_happy_guard() -> None:
+    """The lowest threshold with few false alarms would be close to 0."""
     labels = np.arange(400) % 2 == 1
     easy = Measured(np.where(labels, 9.0, -9.0), labels)
     _, thresholds = fit({"all": easy, "injection": easy}, 0.02)
-    assert all(0.05 <= threshold <= 0.5 for threshold in thresholds.values())
+    assert set(thresholds.values()) == {0.5}

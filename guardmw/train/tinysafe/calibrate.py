@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 _TEMPERATURES = np.geomspace(0.2, 5.0, 400)
 # Fewer rows of either label than this say little of a rate of a few percent: such a stage shares what all stages say.
 _FEWEST = 50
-# A text that is more likely unsafe than not is not let through for the sake of a rate, nor is everything blocked.
-_LOWEST, _HIGHEST = 0.05, 0.5
+# Held-out rows are of the pool's kind, and other texts are not: where few false alarms come easily, a score below even
+# odds is still no reason to act; and where they do not come at all, one above the upper bound is.
+_LOWEST, _HIGHEST = 0.5, 0.9
 
 
 class Measured(NamedTuple):

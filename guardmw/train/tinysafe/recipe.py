@@ -64,7 +64,7 @@ class Recipe:
     held_out: float = 0.06
     evaluations: int = 3
     patience: int = 4
-    target_fpr: float = 0.02
+    target_fpr: float = 0.05
     threads: int = 0
     seed: int = 0
 
