@@ -12,7 +12,8 @@ from guardmw.backends._plan import Ask, Plan, arun, run
 from guardmw.conversation import STAGES, Conversation, Turn
 from guardmw.errors import BackendError, Blocked, ConversationError, PolicyError
 from guardmw.policy import Policy
-from guardmw.verdict import Coverage, Verdict
+from guardmw.tools import ToolRules
+from guardmw.verdict import SEVERITY, Coverage, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from guardmw.verdict import Scores
 
     Screenable = str | Turn | Conversation | Mapping[str, Any] | Sequence[Turn | Mapping[str, Any]]
+
+# Scores of earlier turns that a guard keeps, at some 150 bytes each.
+_REMEMBERED = 4_096
 
 
 class Guard:
@@ -47,6 +51,8 @@ class Guard:
         # Asked for at every verdict, and a pydantic model is slow to ask.
         self._rules = {stage: self._policy.at(stage) for stage in STAGES}
         self._max_characters = self._policy.max_characters
+        self._tools = ToolRules(self._policy.tools) if self._policy.tools else None
+        self._heard: dict[bytes, float] = {}
 
     def __repr__(self) -> str:
         return f"Guard({self.backend.name!r}, policy={self.policy.fingerprint})"
@@ -81,6 +87,49 @@ class Guard:
         return await arun(self._plan(_read(given)))
 
     def _plan(self, conversations: list[Conversation]) -> Plan[list[Verdict]]:
+        return self._ruled(self._tools, conversations) if self._tools else self._judged(conversations)
+
+    def _ruled(self, tools: ToolRules, conversations: list[Conversation]) -> Plan[list[Verdict]]:
+        """What tool rules block nobody is asked about; what else they find is added to what the backend says."""
+        started = perf_counter()
+        found = [tools.violations(conversation) for conversation in conversations]
+        asked = [i for i, broken in enumerate(found) if not broken or broken[0].action != "block"]
+        earlier = {i: tools.depends_on(conversations[i]) for i in asked}
+        needed = {one.key: one.conversation for each in earlier.values() for one in each}
+        # Copied: others may empty the memory while this plan waits.
+        heard = {key: p for key in needed if (p := self._heard.get(key)) is not None}
+        new = {key: conversation for key, conversation in needed.items() if key not in heard}
+        judged = yield from self._judged([*(conversations[i] for i in asked), *new.values()])
+        for key, verdict in zip(new, judged[len(asked) :], strict=True):
+            heard[key] = self._hear(key, verdict)
+        verdicts = dict(zip(asked, judged, strict=False))
+        elapsed_ms = (perf_counter() - started) * 1000
+        for i, conversation in enumerate(conversations):
+            if i not in verdicts:
+                coverage = Coverage(len(conversation.trial), 0, 0, 0, conversation.last.media)
+                verdicts[i] = self._rules[conversation.stage].refuse(found[i], coverage, elapsed_ms)
+                continue
+            own = tools.key(conversation)
+            if own:
+                self._hear(own, verdicts[i])
+            before = [(one.conversation.last, heard[one.key]) for one in earlier[i]]
+            broken = (*found[i], *tools.flows(conversation, before))
+            if broken:
+                verdicts[i] = verdicts[i].beside(broken)
+        return [verdicts[i] for i in range(len(conversations))]
+
+    def _hear(self, key: bytes, verdict: Verdict) -> float:
+        """P(injection) of a turn, for the flows of later ones; 1 where it was not judged as the policy demands."""
+        doubtful = verdict.degraded and SEVERITY[verdict.action] >= SEVERITY["review"]
+        injection = 1.0 if doubtful else verdict.scores.injection if verdict.scores else 0.0
+        # A failure may pass, and is not remembered.
+        if verdict.scores:
+            if len(self._heard) >= _REMEMBERED:
+                self._heard.clear()
+            self._heard[key] = injection
+        return injection
+
+    def _judged(self, conversations: list[Conversation]) -> Plan[list[Verdict]]:
         started = perf_counter()
         trials = [conversation.trial for conversation in conversations]
         # Blank text needs no opinion, and text beyond the policy's limit gets none.

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
+from guardmw.arguments import Constraint
 from guardmw.conversation import STAGES, Stage, loads
 from guardmw.errors import PolicyError, nearest
-from guardmw.taxonomy import CATEGORIES, Category
-from guardmw.verdict import ACTIONS, SEVERITY, Action, Coverage, Scores, Verdict, Violation
+from guardmw.settings import Part, Score
+from guardmw.taxonomy import Category
+from guardmw.tools import Budget, Flow, ToolPolicy
+from guardmw.verdict import SEVERITY, Action, Coverage, Scores, Verdict, Violation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from pydantic import ModelWrapValidatorHandler
 
-Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Limit = Annotated[
     Annotated[Score, Tag("at")] | Annotated[dict[Action, Score], Tag("steps")],
     Discriminator(lambda given: "steps" if isinstance(given, dict) else "at"),
@@ -29,10 +32,6 @@ Limit = Annotated[
 
 THRESHOLD = 0.5
 """Where neither policy nor backend names a threshold."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,7 +46,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class StagePolicy(_Strict):
+class StagePolicy(Part):
     """What differs at one stage; what is left out is as in the policy.
 
     Attributes: as in Policy.
@@ -60,7 +59,7 @@ class StagePolicy(_Strict):
     on_partial: Action | None = None
 
 
-class Policy(_Strict):
+class Policy(Part):
     """When to allow, flag, review or block.
 
     A limit is the score at which to block, or a score by action: ``{"flag": 0.3, "block": 0.6}``.
@@ -74,6 +73,7 @@ class Policy(_Strict):
         on_partial: the action where part of the turn was not judged (cut off, an image, too long).
         max_characters: a longer text is not judged at all, and so partial; it bounds the time of a verdict.
         max_unreadable: the share of a text's characters the model may have no token for before it counts as partial.
+        tools: rules for tool calls, which hold beside the scores. None: the scores alone decide.
 
     Raises:
         PolicyError: a key is unknown or a value out of range.
@@ -87,6 +87,7 @@ class Policy(_Strict):
     on_partial: Action = "block"
     max_characters: Annotated[int, Field(strict=True, gt=0)] = 1_000_000
     max_unreadable: Score = 0.1
+    tools: ToolPolicy | None = None
 
     _rules: dict[Stage, Rules] = PrivateAttr()
     _fingerprint: str = PrivateAttr()
@@ -228,6 +229,18 @@ class Rules:
             elapsed_ms=elapsed_ms,
         )
 
+    def refuse(self, violations: tuple[Violation, ...], coverage: Coverage, elapsed_ms: float) -> Verdict:
+        """The verdict where tool rules block, strictest first, and so no backend was asked."""
+        return Verdict(
+            action=violations[0].action,
+            stage=self._stage,
+            violations=violations,
+            scores=None,
+            coverage=coverage,
+            policy=self._fingerprint,
+            elapsed_ms=elapsed_ms,
+        )
+
     def _violations(self, scores: Scores) -> tuple[Violation, ...]:
         found = []
         unsafe = _reached("unsafe", scores.unsafe, self._unsafe)
@@ -285,16 +298,34 @@ def _reached(rule: str, score: float, steps: tuple[tuple[Action, float], ...]) -
 
 def _complaint(error: Mapping[str, Any]) -> str:
     """One line for one of pydantic's complaints: where, what, and the nearest valid word."""
-    loc = [str(part) for part in error["loc"]]
-    # The tags of a limit and "[key]" are pydantic's own, not the user's.
-    where = [part for part in loc if part not in ("at", "steps", "[key]")]
+    # "[key]" and the tags of a limit are pydantic's own, not the user's; an argument of a tool may be called so.
+    own = ("[key]",) if error["loc"][:1] == ("tools",) else ("[key]", "at", "steps")
+    where = [str(part) for part in error["loc"] if part not in own]
     path = ".".join(where)
     if error["type"] == "extra_forbidden":
-        known: Iterable[str] = (StagePolicy if where[0] == "stages" else Policy).model_fields
-        return f"unknown key {path!r}: {nearest(where[-1], known)}"
+        return f"unknown key {path!r}: {nearest(where[-1], _part(where[:-1]).model_fields)}"
     if error["type"] == "literal_error":
-        known = {"stages": STAGES, "categories": CATEGORIES}.get(loc[-3] if loc[-1] == "[key]" else "", ACTIONS)
+        known = re.findall(r"'(\w+)'", error["ctx"]["expected"])
         return f"{path}: unknown {error['input']!r}: {nearest(str(error['input']), known)}"
+    if error["type"] == "value_error":
+        return f"{path}: {error['ctx']['error']}"
+    # Nothing but scores has such bounds; what else is limited says so itself.
     if error["type"] in ("less_than_equal", "greater_than_equal", "finite_number"):
         return f"{path} is {error['input']!r}; it lies in 0 to 1"
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _part(where: Sequence[str]) -> type[Part]:
+    """The settings that stand at a place in a policy."""
+    match where:
+        case ["stages", *_]:
+            return StagePolicy
+        case ["tools", "arguments", *_]:
+            return Constraint
+        case ["tools", "flows", *_]:
+            return Flow
+        case ["tools", "budgets", *_]:
+            return Budget
+        case ["tools", *_]:
+            return ToolPolicy
+    return Policy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ ACTIONS: tuple[Action, ...] = get_args(Action)
 """From mildest to strictest."""
 
 SEVERITY: dict[Action, int] = {action: at for at, action in enumerate(ACTIONS)}
+
+# How the names of tool rules begin; no score is called so.
+_TOOL_RULES = ("tool:", "argument:", "flow:", "budget:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +73,22 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A score that reached its threshold.
+    """A score that reached its threshold, or a tool rule that was broken.
 
     Attributes:
-        rule: "unsafe", "injection" or a category.
+        rule: "unsafe", "injection" or a category; or, in the policy's own words, a tool rule: "tool:shell",
+            "argument:send_email.to:domains", "flow:send", "budget:search_*".
+        score: 1 where a tool rule was broken; for a flow, the injection score of what came before.
     """
 
     rule: str
     score: float
     threshold: float
     action: Action
+
+    def __str__(self) -> str:
+        measured = not self.rule.startswith(_TOOL_RULES) or self.rule.startswith("flow:")
+        return f"{self.rule} {self.score:.2f} (threshold {self.threshold:g})" if measured else self.rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +97,8 @@ class Verdict:
 
     Attributes:
         action: allow, flag (let through, but told), review (a person decides) or block.
-        violations: every threshold that was reached, strictest first.
-        scores: None where nothing could be scored.
+        violations: every threshold that was reached and tool rule that was broken, strictest first.
+        scores: None where nothing could be scored, or a tool rule blocked before anything was.
         degraded: the verdict does not rest on a full reading: a backend failed, or part of the turn went unjudged.
         reason: why it is degraded; empty otherwise.
         policy: fingerprint of the policy that decided.
@@ -114,13 +123,23 @@ class Verdict:
     @property
     def categories(self) -> tuple[str, ...]:
         """The kinds of harm among the violations, strictest first."""
-        return tuple(v.rule for v in self.violations if v.rule not in ("unsafe", "injection"))
+        return tuple(
+            v.rule
+            for v in self.violations
+            if v.rule not in ("unsafe", "injection") and not v.rule.startswith(_TOOL_RULES)
+        )
 
     @property
     def summary(self) -> str:
         """One line for a log: what was violated, or why the verdict is degraded. Quotes nothing that was screened."""
-        found = ", ".join(f"{v.rule} {v.score:.2f} (threshold {v.threshold:g})" for v in self.violations)
+        found = ", ".join(map(str, self.violations))
         return "; ".join(filter(None, (found, self.reason))) or "nothing found"
+
+    def beside(self, violations: Sequence[Violation]) -> Verdict:
+        """This verdict with more violations; never a milder one."""
+        strictest_first = sorted((*violations, *self.violations), key=lambda violation: -SEVERITY[violation.action])
+        action = max((self.action, *(violation.action for violation in violations)), key=SEVERITY.__getitem__)
+        return replace(self, action=action, violations=tuple(strictest_first))
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as plain JSON types, scores rounded to 4 places, always the same keys in the same order."""

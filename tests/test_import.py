@@ -21,6 +21,7 @@ HEAVY = [
     "fastapi",
     "httpx",
     "huggingface_hub",
+    "jsonschema",
     "langchain",
     "langchain_core",
     "langgraph",

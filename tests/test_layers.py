@@ -20,10 +20,11 @@ ADAPTERS = ROOT / "adapters"
 # From the ground up; a module imports from its own storey and from those before it.
 STOREYS = (
     {"errors", "conversation", "taxonomy"},
-    {"verdict"},
+    {"verdict", "settings"},
+    {"arguments", "tools"},
     {"policy"},
     {"backends", "dialects"},
-    {"guard", "stream", "tools", "testing"},
+    {"guard", "stream", "testing"},
     {"telemetry", "audit"},
     {"evaluate"},
     {"train", "serve", "scale"},
@@ -32,8 +33,10 @@ STOREYS = (
 # Where a library may be imported. Pydantic and numpy may everywhere.
 DOORS = {
     "huggingface_hub": ("backends/onnx.py",),
+    "jsonschema": ("arguments.py",),
     "onnx": ("train/",),
     "onnxruntime": ("backends/onnx.py", "train/"),
+    "referencing": ("arguments.py",),
     "rich": ("terminal.py", "demo.py"),
     "sentencepiece": ("backends/_artefact.py",),
     "tokenizers": ("backends/onnx.py", "backends/_artefact.py", "train/"),

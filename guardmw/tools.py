@@ -1,0 +1,285 @@
+"""Tool rules: which tools a model may call, with what arguments, how often and after what; they hold if models fail."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from fnmatch import translate
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from guardmw.arguments import Argument, Constraint, Name
+from guardmw.conversation import Conversation, loads
+from guardmw.settings import Part, Score
+from guardmw.verdict import SEVERITY, Action, Violation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from guardmw.conversation import ToolCall, Turn
+
+Source = Literal["tool_result", "document"]
+
+_ROLE_OF: dict[Source, str] = {"tool_result": "tool", "document": "document"}
+
+
+class Flow(Part):
+    """What is more than it seems after something untrusted was read.
+
+    Attributes:
+        tools: the calls that it is about.
+        injection: the P(injection) of an earlier turn from which on it applies; 0 stands for any such turn.
+        after: the kinds of turn that are not trusted.
+        trusted: tools and sources of documents whose results are, all the same.
+        action: what such a call then means.
+    """
+
+    tools: Annotated[list[Name], Field(min_length=1)]
+    injection: Score
+    after: Annotated[list[Source], Field(min_length=1)] = ["tool_result", "document"]
+    trusted: list[Name] = []
+    action: Action = "review"
+
+
+class Budget(Part):
+    """How often tools may be called in one conversation.
+
+    Attributes:
+        tools: whose calls are counted together.
+        calls: as many, and no more.
+        action: what one more means.
+    """
+
+    tools: Annotated[list[Name], Field(min_length=1)]
+    calls: Annotated[int, Field(strict=True, gt=0)]
+    action: Action = "block"
+
+
+class ToolPolicy(Part):
+    """Rules for tool calls. Of all that apply the strictest counts, and none makes a call milder than its scores do.
+
+    Tools are named by patterns as of file names (``send_*``), or by the name of a group. Case does not matter, except
+    where a name is allowed or trusted.
+
+    Attributes:
+        allow: names that are known and need no more than the classifier's consent.
+        flag: names to let through and tell of.
+        review: names that a person decides on.
+        block: names that are never called.
+        unlisted: what a name on none of these lists means; "screen" leaves it to the classifier. None: "block" where
+            there is an allow list, else "screen".
+        groups: patterns by the name that stands for them.
+        arguments: by pattern of tools, and by argument; dots lead into objects, "*" stands for all arguments together.
+        flows: what calls mean after something untrusted.
+        budgets: how many calls a conversation may have.
+    """
+
+    allow: list[Name] = []
+    flag: list[Name] = []
+    review: list[Name] = []
+    block: list[Name] = []
+    unlisted: Literal["screen", "flag", "review", "block"] | None = None
+    groups: dict[Name, list[Name]] = {}
+    arguments: dict[Name, dict[Name, Constraint]] = {}
+    flows: list[Flow] = []
+    budgets: list[Budget] = []
+
+
+class Earlier(NamedTuple):
+    """A turn of the context on which a flow depends.
+
+    Attributes:
+        key: tells it, and all that came before it, from any other.
+        conversation: that ends with it.
+    """
+
+    key: bytes
+    conversation: Conversation
+
+
+class ToolRules:
+    """A ToolPolicy in the form that is fast to apply: nothing in it changes, and no pattern is compiled per call."""
+
+    __slots__ = ("_arguments", "_budgets", "_flows", "_known", "_lists", "_roles", "_unlisted")
+
+    def __init__(self, policy: ToolPolicy) -> None:
+        groups = policy.groups
+        lists: tuple[tuple[Action, list[str]], ...] = (
+            ("block", policy.block),
+            ("review", policy.review),
+            ("flag", policy.flag),
+        )
+        self._lists = [(_Names(names, groups), action) for action, names in lists if names]
+        self._known = _Names(policy.allow, groups, exact=True)
+        unlisted = policy.unlisted or ("block" if policy.allow else "screen")
+        self._unlisted: Action | None = None if unlisted == "screen" else unlisted
+        self._arguments = [
+            (_Names([pattern], groups), [Argument(f"argument:{pattern}.{path}", path, of) for path, of in each.items()])
+            for pattern, each in policy.arguments.items()
+        ]
+        self._budgets = [(_Names(budget.tools, groups), budget) for budget in policy.budgets]
+        self._flows = [_Flow(flow, groups) for flow in policy.flows]
+        self._roles = frozenset(role for flow in self._flows for role in flow.roles)
+
+    def violations(self, conversation: Conversation) -> tuple[Violation, ...]:
+        """The rules that the calls on trial break, strictest first; flows are apart, as they need scores."""
+        calls = conversation.last.tool_calls
+        if not calls:
+            return ()
+        found: list[Violation] = []
+        for call in calls:
+            folded = _folded(call.name)
+            found += self._by_name(call.name, folded)
+            for names, arguments in self._arguments:
+                if names.hold(folded):
+                    given = _read(call.arguments)
+                    found += filter(None, (argument.violation(given) for argument in arguments))
+        if self._budgets:
+            found += self._over_budget(conversation)
+        return _strictest_first(found)
+
+    def _by_name(self, name: str, folded: str) -> Iterator[Violation]:
+        listed = self._known.hold(name)
+        for names, action in self._lists:
+            if names.hold(folded):
+                listed = True
+                yield _broken(f"tool:{names.label_of(folded)}", action)
+        if self._unlisted and not listed:
+            # The name itself is the model's text, and may be anything.
+            yield _broken("tool:unlisted", self._unlisted)
+
+    def _over_budget(self, conversation: Conversation) -> Iterator[Violation]:
+        now = [_folded(call.name) for call in _each_once(conversation.last)]
+        before = [_folded(call.name) for turn in conversation.context for call in _each_once(turn)]
+        for names, budget in self._budgets:
+            count = sum(map(names.hold, now))
+            if count and count + sum(map(names.hold, before)) > budget.calls:
+                yield _broken(f"budget:{names.label}", budget.action)
+
+    def depends_on(self, conversation: Conversation) -> list[Earlier]:
+        """The turns of the context whose scores ``flows`` needs; none where no flow is about the calls on trial."""
+        roles = {role for flow in self._about(conversation) for role in flow.roles}
+        if not roles:
+            return []
+        digest, found = blake2b(digest_size=16), []
+        for at, turn in enumerate(conversation.context, start=1):
+            digest.update(_spelled(turn))
+            if turn.role in roles and _says_anything(turn):
+                found.append(Earlier(digest.digest(), Conversation(conversation.turns[:at])))
+        return found
+
+    def key(self, conversation: Conversation) -> bytes | None:
+        """What ``depends_on`` will call the turn on trial when it has become context; None where no flow would ask."""
+        if conversation.last.role not in self._roles:
+            return None
+        digest = blake2b(digest_size=16)
+        for turn in conversation.turns:
+            digest.update(_spelled(turn))
+        return digest.digest()
+
+    def flows(self, conversation: Conversation, scores: Sequence[tuple[Turn, float]]) -> tuple[Violation, ...]:
+        """The flows that the calls on trial break, strictest first, by P(injection) of what they depend on."""
+        return _strictest_first(filter(None, (flow.violation(scores) for flow in self._about(conversation))))
+
+    def _about(self, conversation: Conversation) -> list[_Flow]:
+        if not self._flows or not conversation.last.tool_calls:
+            return []
+        names = [_folded(call.name) for call in conversation.last.tool_calls]
+        return [flow for flow in self._flows if any(map(flow.names.hold, names))]
+
+
+class _Names:
+    """Patterns of names, groups resolved.
+
+    Args:
+        exact: whether names come as they are; else they come folded.
+    """
+
+    __slots__ = ("_each", "_matches", "label")
+
+    def __init__(self, patterns: Sequence[str], groups: Mapping[str, Sequence[str]], *, exact: bool = False) -> None:
+        self.label = ",".join(patterns)
+        # A tool may be called as a group is.
+        each = [(word, pattern) for word in patterns for pattern in (word, *groups.get(word, ()))]
+        regexes = [translate(pattern if exact else _folded(pattern)) for _, pattern in each]
+        self._matches = re.compile("|".join(regexes) if regexes else r"(?!)").match
+        self._each = [(word, re.compile(regex).match) for (word, _), regex in zip(each, regexes, strict=True)]
+
+    def hold(self, name: str) -> bool:
+        """Whether one of them matches."""
+        return self._matches(name) is not None
+
+    def label_of(self, name: str) -> str:
+        """The first that matches, in the policy's own words."""
+        return next(word for word, matches in self._each if matches(name))
+
+
+class _Flow:
+    __slots__ = ("_rule", "_settings", "_trusted", "names", "roles")
+
+    def __init__(self, flow: Flow, groups: Mapping[str, Sequence[str]]) -> None:
+        self._settings = flow
+        self._trusted = _Names(flow.trusted, groups, exact=True)
+        self.names = _Names(flow.tools, groups)
+        self.roles = frozenset(_ROLE_OF[source] for source in flow.after)
+        self._rule = f"flow:{self.names.label}"
+
+    def violation(self, scores: Sequence[tuple[Turn, float]]) -> Violation | None:
+        read = [p for turn, p in scores if turn.role in self.roles and not self._trusted.hold(turn.name)]
+        threshold = self._settings.injection
+        if not read or max(read) < threshold:
+            return None
+        return Violation(self._rule, max(read), threshold, self._settings.action)
+
+
+def _broken(rule: str, action: Action) -> Violation:
+    return Violation(rule, 1.0, 1.0, action)
+
+
+def _strictest_first(found: Iterable[Violation]) -> tuple[Violation, ...]:
+    """Each rule once, as strict as it was found."""
+    once: dict[str, Violation] = {}
+    for violation in sorted(found, key=lambda violation: -SEVERITY[violation.action]):
+        once.setdefault(violation.rule, violation)
+    return tuple(once.values())
+
+
+def _read(arguments: Mapping[str, Any] | str) -> Mapping[str, Any] | str:
+    """Arguments as the tool will get them: those of a streamed call come as the string that they were written in."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        parsed = loads(arguments)
+    except ValueError:
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
+
+
+def _each_once(turn: Turn) -> Iterator[ToolCall]:
+    """A turn's calls, without those that repeat one under its id in another spelling of its arguments."""
+    seen: dict[tuple[str, str], list[Mapping[str, Any] | str]] = {}
+    for call in turn.tool_calls:
+        if call.id and len(turn.tool_calls) > 1:
+            alike, arguments = seen.setdefault((call.id, call.name), []), _read(call.arguments)
+            if arguments in alike:
+                continue
+            alike.append(arguments)
+        yield call
+
+
+def _folded(name: str) -> str:
+    """A name as one that looks like it: who blocks "shell" means "Shell" too."""
+    return (name if name.isascii() else unicodedata.normalize("NFKC", name)).casefold().strip()
+
+
+def _says_anything(turn: Turn) -> bool:
+    return bool(turn.media or turn.tool_calls or turn.text.strip())
+
+
+def _spelled(turn: Turn) -> bytes:
+    """All of a turn that a backend is given to judge; the ids of its calls are not."""
+    # The length tells where a text ends and the next turn begins. Half of a surrogate pair is text too.
+    head = repr((turn.role, turn.name, turn.media, [str(call) for call in turn.tool_calls], len(turn.text)))
+    return (head + turn.text).encode(errors="surrogatepass")
