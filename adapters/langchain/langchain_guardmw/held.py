@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from guardmw import Conversation
 from guardmw.stream import Hold
 from langchain_guardmw.outcome import strictest, withholds
-from langchain_guardmw.parts import joined, parts, said
+from langchain_guardmw.parts import joined, parts, said, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from guardmw import ToolCall, Verdict
+    from guardmw import ToolCall, Turn, Verdict
     from guardmw.conversation import Stage
     from langchain_guardmw.parts import Channel, Part
 
@@ -23,18 +23,22 @@ Mode = Literal["hold", "buffer", "observe"]
 class Held:
     """Turns chunks into conversations to judge, and verdicts into chunks that may go out.
 
+    Args:
+        context: the turns before the stream, which give all of it its meaning.
+
     Attributes:
         verdict: the first that withholds; no chunk follows those it already lets go.
         last: the latest chunk.
         started: some chunk went out.
     """
 
-    def __init__(self, mode: Mode, *, stage: Stage | None, leak: int) -> None:
+    def __init__(self, mode: Mode, *, stage: Stage | None, leak: int, context: Sequence[Turn] = ()) -> None:
         self.verdict: Verdict | None = None
         self.last: Any = None
         self.started = False
         self._mode = mode
         self._stage = stage
+        self._context = tuple(context)
         self._hold: Hold[Any, Channel] = Hold(leak=leak)
         self._streams: dict[Channel, _Stream] = {}
         self._waiting: set[Channel] = set()
@@ -87,7 +91,8 @@ class Held:
             yield chunk
 
     def _due(self) -> list[Conversation]:
-        return [self._streams[piece.channel].conversation(piece.text) for piece in self._hold.due()]
+        spoken = (self._streams[piece.channel].conversation(piece.text) for piece in self._hold.due())
+        return [within(self._context, conversation) for conversation in spoken]
 
 
 class _Stream:

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.outputs import ChatGeneration, ChatResult
 
 from guardmw import Blocked
 
@@ -53,4 +54,9 @@ def refusal(value: object, verdict: Verdict, *, text: str = REFUSAL) -> Any:  # 
         return AIMessage(content=text, id=value.id, response_metadata=metadata, usage_metadata=value.usage_metadata)
     if isinstance(value, str):
         return text
+    if isinstance(value, ChatGeneration):
+        return type(value)(message=refusal(value.message, verdict, text=text))
+    if isinstance(value, ChatResult):
+        # Without llm_output, the provider's own: the usage is in the messages, and nobody knows what else it holds.
+        return ChatResult(generations=[refusal(one, verdict, text=text) for one in value.generations])
     raise Blocked(verdict)

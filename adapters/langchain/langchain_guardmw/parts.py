@@ -27,6 +27,7 @@ from langchain_core.messages import (
     convert_to_messages,
 )
 from langchain_core.messages.base import TextAccessor
+from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.prompt_values import ImagePromptValue, PromptValue
 from langchain_core.runnables import AddableDict
 from pydantic import BaseModel
@@ -129,6 +130,11 @@ def parts(value: object, stage: Stage | None = None) -> list[Part]:
         return [_unreadable(value, (), stage)]
 
 
+def within(context: tuple[Turn, ...], conversation: Conversation) -> Conversation:
+    """The conversation as the end of a longer one."""
+    return Conversation((*context, *conversation.turns)) if context else conversation
+
+
 def said(text: str, stage: Stage) -> Turn:
     """A text as a turn at this stage."""
     if stage == "tool_call":
@@ -183,6 +189,11 @@ def _opened(value: object) -> object:
         return HumanMessage([{"type": "image_url", "image_url": dict(value.image_url)}])
     if isinstance(value, PromptValue):
         return value.to_messages()
+    # A model's own, of which the other fields are provider's data, as response_metadata is.
+    if isinstance(value, ChatGeneration):
+        return value.message
+    if isinstance(value, ChatResult):
+        return value.generations
     if isinstance(value, BaseModel):
         return dict(value)
     if is_dataclass(value) and not isinstance(value, type):

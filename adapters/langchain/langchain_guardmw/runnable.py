@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-from functools import cache, partial
+from functools import partial
 from itertools import chain, islice
-from threading import Lock
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict, Field
 
-from guardmw import Backend, Blocked, Guard
+from guardmw import Blocked, Guard
 from guardmw.conversation import Stage  # noqa: TC001 - pydantic reads the annotation
-from langchain_guardmw.held import Held, Mode
-from langchain_guardmw.outcome import REFUSAL, refusal, strictest
-from langchain_guardmw.parts import parts
+from langchain_guardmw.gate import Gate, OnBlock, as_guard
+from langchain_guardmw.held import Mode  # noqa: TC001 - pydantic reads the annotation
 from langchain_guardmw.upstream import AsyncUpstream, Upstream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
-    from guardmw import Conversation, Verdict
+    from guardmw import Backend, Conversation, Verdict
 
 
 def guard(
     g: Guard | Backend | str | None = None,
     *,
     stage: Stage | None = None,
-    on_block: Literal["raise", "refuse"] = "raise",
+    on_block: OnBlock = "raise",
     stream: Mode = "hold",
     leak: int = 0,
 ) -> GuardRunnable:
@@ -56,11 +53,7 @@ def guard(
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
     """
-    if isinstance(g, str | Backend):
-        g = Guard(g)
-    if g is not None and not isinstance(g, Guard):
-        raise TypeError(f"guard() takes a Guard, a Backend, a spec or None, not {type(g).__name__}")
-    return GuardRunnable(guard=g, stage=stage, on_block=on_block, mode=stream, leak=leak)
+    return GuardRunnable(guard=as_guard(g), stage=stage, on_block=on_block, mode=stream, leak=leak)
 
 
 class GuardRunnable(RunnableSerializable[Any, Any]):
@@ -75,7 +68,7 @@ class GuardRunnable(RunnableSerializable[Any, Any]):
     name: str | None = "guard"
     guard: Guard | None = None
     stage: Stage | None = None
-    on_block: Literal["raise", "refuse"] = "raise"
+    on_block: OnBlock = "raise"
     mode: Mode = "hold"
     leak: Annotated[int, Field(ge=0)] = 0
 
@@ -163,61 +156,27 @@ class GuardRunnable(RunnableSerializable[Any, Any]):
             await upstream.aclose()
 
     def _screen(self, value: Any) -> Any:  # noqa: ANN401 - what came in goes out
-        return self._settled(value, self._ready().screen_many(self._asked(value)))
+        return self._gate.screen(value)
 
     async def _ascreen(self, value: Any) -> Any:  # noqa: ANN401 - what came in goes out
-        return self._settled(value, await (await self._aready()).ascreen_many(self._asked(value)))
+        return await self._gate.ascreen(value)
 
     def _screen_many(self, values: list[Any]) -> list[Any]:
-        asked = [self._asked(value) for value in values]
-        return self._each_settled(values, asked, self._ready().screen_many(chain.from_iterable(asked)))
+        gate = self._gate
+        asked = [gate.asked(value) for value in values]
+        return self._each_settled(values, asked, gate.ready().screen_many(chain.from_iterable(asked)))
 
     async def _ascreen_many(self, values: list[Any]) -> list[Any]:
-        asked = [self._asked(value) for value in values]
-        guard = await self._aready()
+        gate = self._gate
+        asked = [gate.asked(value) for value in values]
+        guard = await gate.aready()
         return self._each_settled(values, asked, await guard.ascreen_many(chain.from_iterable(asked)))
 
     def _transform(self, chunks: Iterator[Any], *, upstream: Upstream) -> Iterator[Any]:
-        guard, held = self._ready(), self._held()
-        for chunk in chunks:
-            if asked := held.feed(chunk):
-                held.take(guard.screen_many(asked))
-            yield from held.released()
-            if held.verdict:
-                break
-        else:
-            held.take(guard.screen_many(held.end()))
-            yield from held.released()
-        if held.verdict:
-            upstream.close(held.verdict)
-            yield self._withheld(held.last, held.verdict, started=held.started)
+        return self._gate.stream(chunks, upstream)
 
-    async def _atransform(self, chunks: AsyncIterator[Any], *, upstream: AsyncUpstream) -> AsyncIterator[Any]:
-        guard, held = await self._aready(), self._held()
-        async for chunk in chunks:
-            if asked := held.feed(chunk):
-                held.take(await guard.ascreen_many(asked))
-            for released in held.released():
-                yield released
-            if held.verdict:
-                break
-        else:
-            held.take(await guard.ascreen_many(held.end()))
-            for released in held.released():
-                yield released
-        if held.verdict:
-            await upstream.aclose()
-            yield self._withheld(held.last, held.verdict, started=held.started)
-
-    def _asked(self, value: object) -> list[Conversation]:
-        return [part.conversation for part in parts(value, self.stage)]
-
-    def _held(self) -> Held:
-        return Held(self.mode, stage=self.stage, leak=self.leak)
-
-    def _settled(self, value: object, verdicts: Sequence[Verdict]) -> Any:  # noqa: ANN401 - what came in goes out
-        verdict = strictest(verdicts)
-        return value if verdict is None else self._withheld(value, verdict)
+    def _atransform(self, chunks: AsyncIterator[Any], *, upstream: AsyncUpstream) -> AsyncIterator[Any]:
+        return self._gate.astream(chunks, upstream)
 
     def _each_settled(
         self, values: list[Any], asked: list[list[Conversation]], verdicts: Sequence[Verdict]
@@ -227,38 +186,11 @@ class GuardRunnable(RunnableSerializable[Any, Any]):
         settled: list[Any] = []
         for value, conversations in zip(values, asked, strict=True):
             try:
-                settled.append(self._settled(value, list(islice(given, len(conversations)))))
+                settled.append(self._gate.settled(value, list(islice(given, len(conversations)))))
             except Blocked as blocked:
                 settled.append(blocked)
         return settled
 
-    def _withheld(self, value: object, verdict: Verdict, *, started: bool = False) -> Any:  # noqa: ANN401 - of its type
-        if self.on_block == "raise":
-            raise Blocked(verdict)
-        return refusal(value, verdict, text=f"\n\n{REFUSAL}" if started else REFUSAL)
-
-    def _ready(self) -> Guard:
-        if self.guard is None:
-            self.guard = _embedded()
-        return self.guard
-
-    async def _aready(self) -> Guard:
-        # Loading a model takes half a second, which the event loop has not got.
-        if self.guard is None:
-            self.guard = await asyncio.to_thread(_embedded)
-        return self.guard
-
-
-_loading = Lock()
-
-
-@cache
-def _loaded() -> Guard:
-    return Guard()
-
-
-def _embedded() -> Guard:
-    """The guard with the embedded model, the same for all."""
-    # `cache` alone lets two threads load it at once.
-    with _loading:
-        return _loaded()
+    @property
+    def _gate(self) -> Gate:
+        return Gate(self.guard, self.stage, self.on_block, self.mode, self.leak)

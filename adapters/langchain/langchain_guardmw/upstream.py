@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import asyncio
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from guardmw import Blocked
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from contextvars import Context
 
     from guardmw import Verdict
 
@@ -21,16 +23,21 @@ class Abandoned(Exception):  # noqa: N818 - a reason, not an error
 
 
 class Upstream:
-    """An iterator that ends when ``close`` is called, and closes what it iterates over."""
+    """An iterator that ends when ``close`` is called, and closes what it iterates over.
 
-    def __init__(self, chunks: Iterator[Any]) -> None:
+    Args:
+        context: what the chunks are made in; None for that of whoever reads.
+    """
+
+    def __init__(self, chunks: Iterator[Any], *, context: Context | None = None) -> None:
         self._chunks = chunks
+        self._context = context
 
     def __iter__(self) -> Upstream:
         return self
 
     def __next__(self) -> Any:  # noqa: ANN401 - a chunk
-        return next(self._chunks)
+        return self._context.run(next, self._chunks) if self._context else next(self._chunks)
 
     def close(self, verdict: Verdict | None = None) -> None:
         """Read no more; the steps above end by Blocked, or by Abandoned."""
@@ -65,3 +72,45 @@ class AsyncUpstream:
         with suppress(Exception):
             if hasattr(self._chunks, "aclose"):
                 await self._chunks.aclose()
+
+
+class Ahead:
+    """An asynchronous stream that is read by a task of its own, which runs one chunk ahead and ends with ``aclose``.
+
+    All of the stream is read by the same task, as streams that hold a timeout or a task group open need it.
+
+    Args:
+        context: what the task runs in; None for a copy of the current one.
+    """
+
+    def __init__(self, chunks: AsyncIterator[Any], *, context: Context | None = None) -> None:
+        self._queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=1)
+        self._end: BaseException | None = None
+        self._task = asyncio.create_task(self._read(chunks), context=context)
+
+    def __aiter__(self) -> Ahead:
+        return self
+
+    async def __anext__(self) -> Any:  # noqa: ANN401 - a chunk
+        if self._end is None or not self._queue.empty():
+            chunk = await self._queue.get()
+            if chunk is not self:
+                return chunk
+        raise self._end or StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancel the task, and wait until it has closed the stream."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _read(self, chunks: AsyncIterator[Any]) -> None:
+        try:
+            async with aclosing(AsyncUpstream(aiter(chunks))) as upstream:
+                async for chunk in upstream:
+                    await self._queue.put(chunk)
+            self._end = StopAsyncIteration()
+        except BaseException as error:  # noqa: BLE001 - the reader's to raise
+            self._end = error
+        # Wakes a reader. None waits where the queue is full.
+        with suppress(asyncio.QueueFull):
+            self._queue.put_nowait(self)

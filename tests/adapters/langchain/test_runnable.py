@@ -18,7 +18,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompt_values import ChatPromptValue, StringPromptValue
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnableParallel
-from langchain_guardmw import REFUSAL, guard, runnable
+from langchain_guardmw import REFUSAL, gate, guard
 from pydantic import ValidationError
 
 from guardmw import BackendError, Blocked, Guard, Policy, Scores
@@ -390,16 +390,16 @@ def test_the_embedded_model_is_loaded_once_and_late(monkeypatch: pytest.MonkeyPa
         return KEYWORD
 
     monkeypatch.setattr("guardmw.guard.load", slow)
-    runnable._loaded.cache_clear()
+    gate._loaded.cache_clear()
     try:
         steps = [guard() for _ in range(8)]
         assert made == []
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ainvoke if asynchronous else invoke, steps, ["x"] * 8))
         assert made == ["embedded"]
-        assert len({id(step.guard) for step in steps}) == 1
+        assert len({id(step._gate.ready()) for step in steps}) == 1
     finally:
-        runnable._loaded.cache_clear()
+        gate._loaded.cache_clear()
 
 
 def test_importing_it_loads_no_model() -> None:

@@ -1,0 +1,279 @@
+"""A guard at work on LangChain values: alone, as they stream, and on both sides of a call."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, islice
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from langchain_core.runnables.config import ContextThreadPoolExecutor
+
+from guardmw import Backend, Blocked, Guard
+from langchain_guardmw.held import Held, Mode
+from langchain_guardmw.outcome import REFUSAL, refusal, strictest
+from langchain_guardmw.parts import CONTEXT_TURNS, parts, within
+from langchain_guardmw.upstream import Ahead, AsyncUpstream, Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+    from contextvars import Context
+
+    from guardmw import Conversation, Turn, Verdict
+    from guardmw.conversation import Stage
+
+T = TypeVar("T")
+
+OnBlock = Literal["raise", "refuse"]
+Input = Literal["before", "parallel", "off"]
+
+
+def as_guard(g: Guard | Backend | str | None) -> Guard | None:
+    """What users give for a guard, as one; None stays None, for the embedded model.
+
+    Raises:
+        BackendError: the spec names no backend, or it cannot be made.
+        TypeError: it is none of these.
+    """
+    if isinstance(g, str | Backend):
+        return Guard(g)
+    if g is not None and not isinstance(g, Guard):
+        raise TypeError(f"give a Guard, a Backend, a spec or None, not {type(g).__name__}")
+    return g
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Lets values through that the guard allows, unchanged. In place of others: Blocked, or a refusal.
+
+    Attributes: as in ``guard()``.
+        refusal: what a refusal says.
+    """
+
+    guard: Guard | None = None
+    stage: Stage | None = None
+    on_block: OnBlock = "raise"
+    mode: Mode = "hold"
+    leak: int = 0
+    refusal: str = REFUSAL
+
+    def screen(self, value: T, context: tuple[Turn, ...] = ()) -> T:
+        """Judge a whole value, said after these turns."""
+        return self.settled(value, self.ready().screen_many(self.asked(value, context)))
+
+    async def ascreen(self, value: T, context: tuple[Turn, ...] = ()) -> T:
+        """``screen``, without blocking the event loop."""
+        guard = await self.aready()
+        return self.settled(value, await guard.ascreen_many(self.asked(value, context)))
+
+    def stream(self, chunks: Iterable[T], upstream: Upstream, context: tuple[Turn, ...] = ()) -> Iterator[T]:
+        """Judge what streams; a block closes ``upstream``, where the chunks come from."""
+        guard, held = self.ready(), self._held(context)
+        for chunk in chunks:
+            if asked := held.feed(chunk):
+                held.take(guard.screen_many(asked))
+            yield from held.released()
+            if held.verdict:
+                break
+        else:
+            held.take(guard.screen_many(held.end()))
+            yield from held.released()
+        if held.verdict:
+            upstream.close(held.verdict)
+            yield self.withheld(held.last, held.verdict, started=held.started)
+
+    async def astream(
+        self, chunks: AsyncIterator[T], upstream: Ahead | AsyncUpstream, context: tuple[Turn, ...] = ()
+    ) -> AsyncGenerator[T, None]:
+        """``stream``, without blocking the event loop."""
+        guard, held = await self.aready(), self._held(context)
+        async for chunk in chunks:
+            if asked := held.feed(chunk):
+                held.take(await guard.ascreen_many(asked))
+            for released in held.released():
+                yield released
+            if held.verdict:
+                break
+        else:
+            held.take(await guard.ascreen_many(held.end()))
+            for released in held.released():
+                yield released
+        if held.verdict:
+            await upstream.aclose()
+            yield self.withheld(held.last, held.verdict, started=held.started)
+
+    def asked(self, value: object, context: tuple[Turn, ...] = ()) -> list[Conversation]:
+        """What is to be judged in a value."""
+        return [within(context, part.conversation) for part in parts(value, self.stage)]
+
+    def settled(self, value: T, verdicts: Sequence[Verdict]) -> T:
+        """The value, if these verdicts on it let it pass."""
+        verdict = strictest(verdicts)
+        return value if verdict is None else self.withheld(value, verdict)
+
+    def withheld(self, value: object, verdict: Verdict, *, started: bool = False) -> Any:  # noqa: ANN401 - of its type
+        """What stands in the place of a value, or of the rest of a stream; or Blocked."""
+        if self.on_block == "raise":
+            raise Blocked(verdict)
+        return refusal(value, verdict, text=f"\n\n{self.refusal}" if started else self.refusal)
+
+    def ready(self) -> Guard:
+        """The guard; the embedded model is loaded here."""
+        return self.guard or _embedded()
+
+    async def aready(self) -> Guard:
+        """``ready``, without blocking the event loop: loading takes half a second."""
+        if self.guard or _loaded.cache_info().currsize:
+            return self.ready()
+        return await asyncio.to_thread(_embedded)
+
+    def _held(self, context: tuple[Turn, ...]) -> Held:
+        return Held(self.mode, stage=self.stage, leak=self.leak, context=context)
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """Judges what goes into a call before it runs or meanwhile, and what comes out, in its light, before it is seen.
+
+    Blocked, by whomever it was raised, is what the gate makes of it: Blocked still, or a refusal.
+
+    Attributes:
+        gate: judges what comes out.
+        input: when what goes in is judged. "parallel": nothing comes out before its verdict; a block cancels the call.
+        output: whether what comes out is judged.
+    """
+
+    gate: Gate
+    input: Input = "before"
+    output: bool = True
+
+    def call(self, value: object, run: Callable[[], T], *, empty: T, context: Context | None = None) -> T:
+        """What ``run`` returns, once judged; a refusal is made of ``empty`` where it returned nothing."""
+        asked = self._asked(value)
+        try:
+            answer = self._begin(asked, (lambda: context.run(run)) if context else run)
+            return self.gate.screen(answer, _turns(asked)) if self.output else answer
+        except Blocked as blocked:
+            return self._refused(empty, blocked)
+
+    async def acall(
+        self, value: object, run: Callable[[], Coroutine[Any, Any, T]], *, empty: T, context: Context | None = None
+    ) -> T:
+        """``call``; the call is a task, which is awaited even where it is cancelled."""
+        asked = self._asked(value)
+        try:
+            answer = await self._abegin(asked, run, context)
+            return await self.gate.ascreen(answer, _turns(asked)) if self.output else answer
+        except Blocked as blocked:
+            return self._refused(empty, blocked)
+
+    def stream(
+        self, value: object, run: Callable[[], Iterator[T]], *, empty: T, context: Context | None = None
+    ) -> Iterator[T]:
+        """The chunks of ``run()``, each once it has been judged; a refusal ends them, or is all there is."""
+        last, refused, upstream = None, None, Upstream(run(), context=context)
+        asked = self._asked(value)
+        try:
+            first = self._begin(asked, lambda: list(islice(upstream, 1)))
+            chunks: Iterable[T] = chain(first, upstream)
+            for last in self.gate.stream(chunks, upstream, _turns(asked)) if self.output else chunks:
+                yield last
+        except Blocked as blocked:
+            refused = blocked
+        finally:
+            upstream.close()
+        if refused:
+            yield self._refused(empty if last is None else last, refused, started=last is not None)
+
+    async def astream(
+        self, value: object, run: Callable[[], AsyncIterator[T]], *, empty: T, context: Context | None = None
+    ) -> AsyncGenerator[T, None]:
+        """``stream``; the chunks are read by a task, which is awaited even where it is cancelled."""
+        last, refused, upstream = None, None, None
+        asked = self._asked(value)
+        try:
+            if self.input == "parallel":
+                upstream = Ahead(run(), context=context)
+            await self._aadmit(asked)
+            upstream = upstream or Ahead(run(), context=context)
+            released = self.gate.astream(upstream, upstream, _turns(asked)) if self.output else upstream
+            # Closed by nobody: the event loop, when it ends, closes all generators at once, each of them once.
+            async for last in released:
+                yield last
+        except Blocked as blocked:
+            refused = blocked
+        finally:
+            if upstream:
+                await upstream.aclose()
+        if refused:
+            yield self._refused(empty if last is None else last, refused, started=last is not None)
+
+    def _asked(self, value: object) -> list[Conversation]:
+        return [part.conversation for part in parts(value)]
+
+    def _begin(self, asked: list[Conversation], run: Callable[[], T]) -> T:
+        if self.input != "parallel":
+            self._admit(asked)
+            return run()
+        # It is the judge that gets the thread: a model's stream stays in one, and the thread is gone with the verdict.
+        with ContextThreadPoolExecutor(max_workers=1) as pool:
+            judging = pool.submit(self._admit, asked)
+            try:
+                return run()
+            finally:
+                judging.result()
+
+    async def _abegin(
+        self, asked: list[Conversation], run: Callable[[], Coroutine[Any, Any, T]], context: Context | None
+    ) -> T:
+        if self.input != "parallel":
+            await self._aadmit(asked)
+        calling = asyncio.create_task(run(), context=context)
+        try:
+            if self.input == "parallel":
+                await self._aadmit(asked)
+            return await calling
+        finally:
+            calling.cancel()
+            await asyncio.gather(calling, return_exceptions=True)
+
+    def _admit(self, asked: list[Conversation]) -> None:
+        if self.input != "off":
+            _enforce(self.gate.ready().screen_many(asked))
+
+    async def _aadmit(self, asked: list[Conversation]) -> None:
+        if self.input != "off":
+            _enforce(await (await self.gate.aready()).ascreen_many(asked))
+
+    def _refused(self, value: T, blocked: Blocked, *, started: bool = False) -> T:
+        if self.gate.on_block == "raise":
+            raise blocked
+        refused: T = self.gate.withheld(value, blocked.verdict, started=started)
+        return refused
+
+
+def _turns(asked: list[Conversation]) -> tuple[Turn, ...]:
+    """What was asked, as the context of its answer."""
+    return tuple(conversation.last for conversation in asked[-CONTEXT_TURNS:])
+
+
+def _enforce(verdicts: Sequence[Verdict]) -> None:
+    if verdict := strictest(verdicts):
+        raise Blocked(verdict)
+
+
+_loading = Lock()
+
+
+@cache
+def _loaded() -> Guard:
+    return Guard()
+
+
+def _embedded() -> Guard:
+    """The guard with the embedded model, the same for all."""
+    # `cache` alone lets two threads load it at once.
+    with _loading:
+        return _loaded()

@@ -1,0 +1,300 @@
+"""``guard_model()``: a chat model that judges what it is asked, and shows of its answers only what has been judged."""
+
+# ruff: noqa: SLF001 - a model that stands in for another calls of it what langchain-core would
+
+from __future__ import annotations
+
+from contextvars import Context, copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequence
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.runnables.fallbacks import RunnableWithFallbacks
+from pydantic import Field, InstanceOf, model_validator
+
+from langchain_guardmw.gate import Around, Gate, Input, OnBlock, as_guard
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+
+    from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+    from langchain_core.language_models import LanguageModelInput
+    from langchain_core.language_models.base import LangSmithParams
+    from langchain_core.messages import BaseMessage
+    from langchain_core.tools import BaseTool
+    from pydantic import BaseModel
+
+    from guardmw import Backend, Guard
+    from langchain_guardmw.held import Mode
+
+I = TypeVar("I")  # noqa: E741 - what goes in
+O = TypeVar("O")  # noqa: E741 - what comes out
+
+# What langchain-core reads off a model. Its cache and its rate limiter stay with the inner model, whose calls they are
+# about: what comes from a cache is judged too.
+_SHARED = (
+    "name",
+    "callbacks",
+    "tags",
+    "metadata",
+    "verbose",
+    "profile",
+    "output_version",
+    "disable_streaming",
+    "custom_get_token_ids",
+)
+_NOTHING = ChatResult(generations=[ChatGeneration(message=AIMessage(""))])
+_NO_CHUNK = ChatGenerationChunk(message=AIMessageChunk(content=""))
+
+
+@overload
+def guard_model(
+    model: BaseChatModel,
+    g: Guard | Backend | str | None = None,
+    *,
+    input: Input = "before",
+    on_block: OnBlock = "raise",
+    stream: Mode = "hold",
+    leak: int = 0,
+) -> GuardedModel: ...
+@overload
+def guard_model(
+    model: Runnable[LanguageModelInput, AIMessage],
+    g: Guard | Backend | str | None = None,
+    *,
+    input: Input = "before",
+    on_block: OnBlock = "raise",
+    stream: Mode = "hold",
+    leak: int = 0,
+) -> Runnable[LanguageModelInput, AIMessage]: ...
+def guard_model(
+    model: Runnable[LanguageModelInput, AIMessage],
+    g: Guard | Backend | str | None = None,
+    *,
+    input: Input = "before",  # noqa: A002 - what is judged, as "stream" is how
+    on_block: OnBlock = "raise",
+    stream: Mode = "hold",
+    leak: int = 0,
+) -> Runnable[LanguageModelInput, AIMessage]:
+    """A chat model that answers as ``model`` does, of which nobody sees what the guard withholds.
+
+    Not in what it returns or streams, and not in callbacks, events and traces: the inner model has none of its own, and
+    those attached to it are told what has been judged. Whatever is made of it, by ``bind_tools`` or
+    ``with_structured_output``, is guarded as well.
+
+    Every message it is asked with is judged, each with those before it as context, and its answer with all of them.
+
+    Args:
+        model: a chat model, or one with tools or arguments bound to it.
+        g: as in ``guard()``.
+        input: "before": the model is asked once the conversation has been judged. "parallel": while it is judged;
+            nothing comes out before that, and a block cancels the call. Async code cancels it at once, sync code can
+            do so when the model's first chunk is there. "off": the conversation is not judged, only the answer.
+        on_block: "raise" Blocked, or "refuse": answer with ``REFUSAL``, and the verdict in
+            ``response_metadata["guardmw"]``.
+        stream: as in ``guard()``.
+        leak: as in ``guard()``.
+
+    Raises:
+        BackendError: the spec names no backend, or it cannot be made.
+        TypeError: there is no chat model in ``model``.
+    """
+    gate = Gate(as_guard(g), "output", on_block, stream, leak)
+    return _guarded(model, Around(gate, input))
+
+
+class GuardedModel(BaseChatModel):
+    """The chat model that ``guard_model()`` makes.
+
+    Attributes:
+        inner: the model that answers.
+    """
+
+    inner: BaseChatModel
+    around: InstanceOf[Around] = Field(default=Around(Gate(stage="output")), repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resemble(cls, given: Any) -> Any:  # noqa: ANN401 - pydantic's to refuse
+        inner = given.get("inner")
+        if not isinstance(inner, BaseChatModel):
+            return given
+        return {name: getattr(inner, name) for name in _SHARED} | {"cache": False} | given
+
+    def bind_tools(  # noqa: D102
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        # Some models know no tool_choice.
+        chosen = {} if tool_choice is None else {"tool_choice": tool_choice}
+        bound = self.inner.bind_tools(tools, **chosen, **kwargs)
+        return _guarded(bound, self.around)
+
+    def with_structured_output(  # noqa: D102
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        structured = self.inner.with_structured_output(schema, include_raw=include_raw, **kwargs)
+        return _guarded(structured, self.around)
+
+    def get_token_ids(self, text: str) -> list[int]:  # noqa: D102
+        return self.inner.get_token_ids(text)
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> int:  # noqa: ANN401, D102
+        return self.inner.get_num_tokens_from_messages(messages, *args, **kwargs)
+
+    @property
+    def model_name(self) -> str | None:
+        """What agents go by in their choice of how to get structured output."""
+        names = (getattr(self.inner, name, None) for name in ("model_name", "model", "model_id"))
+        return next((name for name in names if isinstance(name, str)), None)
+
+    @property
+    def _llm_type(self) -> str:
+        return self.inner._llm_type
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return dict(self.inner._identifying_params)
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        return self.inner._get_invocation_params(stop=stop, **kwargs)
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:  # noqa: ANN401
+        return self.inner._get_ls_params(stop=stop, **kwargs)
+
+    def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None], /) -> dict[str, Any]:
+        return self.inner._combine_llm_outputs(llm_outputs)
+
+    def _should_stream(self, **kwargs: Any) -> bool:  # noqa: ANN401
+        return super()._should_stream(**kwargs) and self.inner._should_stream(**kwargs | {"stream": True})
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - the inner model tells nobody
+        **kwargs: Any,  # noqa: ANN401
+    ) -> ChatResult:
+        ask = partial(self.inner._generate_with_cache, messages, stop=stop, **kwargs)
+        return self.around.call(messages, ask, empty=_NOTHING, context=_apart())
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002 - the inner model tells nobody
+        **kwargs: Any,  # noqa: ANN401
+    ) -> ChatResult:
+        ask = partial(self.inner._agenerate_with_cache, messages, stop=stop, **kwargs)
+        return await self.around.acall(messages, ask, empty=_NOTHING, context=_apart())
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Iterator[ChatGenerationChunk]:
+        ask = partial(self._chunks, messages, stop=stop, **kwargs)
+        for chunk in self.around.stream(messages, ask, empty=_NO_CHUNK, context=_apart()):
+            if run_manager:
+                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        ask = partial(self._achunks, messages, stop=stop, **kwargs)
+        async for chunk in self.around.astream(messages, ask, empty=_NO_CHUNK, context=_apart()):
+            if run_manager:
+                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    def _chunks(self, messages: list[BaseMessage], **kwargs: Any) -> Iterator[ChatGenerationChunk]:  # noqa: ANN401
+        """The inner model's own; its whole answer as one, if it does not stream."""
+        if type(self.inner)._stream is BaseChatModel._stream:
+            yield _chunk(self.inner._generate_with_cache(messages, **kwargs))
+            return
+        if self.inner.rate_limiter:
+            self.inner.rate_limiter.acquire(blocking=True)
+        yield from self.inner._stream(messages, **kwargs)
+
+    async def _achunks(
+        self,
+        messages: list[BaseMessage],
+        **kwargs: Any,  # noqa: ANN401
+    ) -> AsyncGenerator[ChatGenerationChunk, None]:
+        kind = type(self.inner)
+        if kind._astream is BaseChatModel._astream and kind._stream is BaseChatModel._stream:
+            yield _chunk(await self.inner._agenerate_with_cache(messages, **kwargs))
+            return
+        if self.inner.rate_limiter:
+            await self.inner.rate_limiter.aacquire(blocking=True)
+        async for chunk in self.inner._astream(messages, **kwargs):
+            yield chunk
+
+
+def _guarded(runnable: Runnable[I, O], around: Around) -> Runnable[I, O]:
+    """The same with every chat model in it guarded."""
+    guarded: Runnable[I, O] = _replaced(runnable, around)
+    if guarded is runnable:
+        raise TypeError(f"there is no chat model to guard in a {type(runnable).__name__}")
+    return guarded
+
+
+def _replaced(runnable: Runnable[Any, Any], around: Around) -> Any:  # noqa: ANN401 - a runnable of the same type
+    """The very same where there is no chat model in it."""
+    if isinstance(runnable, BaseChatModel):
+        return GuardedModel(inner=runnable, around=around)
+    inside = {name: _replaced(part, around) for name, part in _within(runnable).items()}
+    if all(part is inside[name] for name, part in _within(runnable).items()):
+        return runnable
+    if isinstance(runnable, RunnableSequence):
+        return RunnableSequence(*inside.values(), name=runnable.name)
+    if isinstance(runnable, RunnableParallel):
+        return RunnableParallel(inside)
+    if isinstance(runnable, RunnableWithFallbacks):
+        first, *others = inside.values()
+        return runnable.model_copy(update={"runnable": first, "fallbacks": others})
+    # A binding: nothing else has anything in it.
+    return cast("RunnableBindingBase[Any, Any]", runnable).model_copy(update=inside)
+
+
+def _within(runnable: Runnable[Any, Any]) -> dict[str, Runnable[Any, Any]]:
+    """What langchain-core puts models into, and there what is in it."""
+    if isinstance(runnable, RunnableSequence):
+        return dict(zip(map(str, range(len(runnable.steps))), runnable.steps, strict=True))
+    if isinstance(runnable, RunnableParallel):
+        return dict(runnable.steps__)
+    if isinstance(runnable, RunnableWithFallbacks):
+        return dict(zip(map(str, range(len(runnable.fallbacks) + 1)), runnable.runnables, strict=True))
+    return {"bound": runnable.bound} if isinstance(runnable, RunnableBindingBase) else {}
+
+
+def _apart() -> Context:
+    """A context in which a model that is made of other runnables does not tell this run's callbacks what they do."""
+    context = copy_context()
+    context.run(var_child_runnable_config.set, None)
+    return context
+
+
+def _chunk(result: ChatResult) -> ChatGenerationChunk:
+    generation = result.generations[0]
+    message = AIMessageChunk(**generation.message.model_dump(exclude={"type"}), chunk_position="last")
+    return ChatGenerationChunk(message=message, generation_info=generation.generation_info)
