@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-import yaml
 from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
 from guardmw.arguments import Constraint
@@ -21,6 +21,7 @@ from guardmw.verdict import SEVERITY, Action, Coverage, Scores, Verdict, Violati
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from types import ModuleType
 
     from pydantic import ModelWrapValidatorHandler
 
@@ -32,18 +33,6 @@ Limit = Annotated[
 
 THRESHOLD = 0.5
 """Where neither policy nor backend names a threshold."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that comes twice: the second would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        """A mapping of distinct keys."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise ValueError(f"the key {twice!r} comes twice")
-        return super().construct_mapping(node, deep)
 
 
 class StagePolicy(Part):
@@ -128,8 +117,8 @@ class Policy(Part):
         try:
             text = _text(Path(path))
             # Not all JSON is YAML: it allows tabs, and 1e-05.
-            data = loads(text) if Path(path).suffix == ".json" else yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            data = loads(text) if Path(path).suffix == ".json" else _yaml().load(text)
+        except (ValueError, RecursionError) as error:
             raise PolicyError(f"{path} is not YAML or JSON: {error}") from None
         if data is not None and not isinstance(data, dict):
             raise PolicyError(f"{path} holds a {type(data).__name__}; a policy is a mapping, such as 'threshold: 0.5'")
@@ -144,7 +133,7 @@ class Policy(Part):
         if path is not None and Path(path).suffix == ".json":
             text = json.dumps(settings, indent=2) + "\n"
         else:
-            text = yaml.safe_dump(settings, sort_keys=False)
+            text = _yaml().dump(settings)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -272,6 +261,11 @@ class Rules:
         if coverage.unreadable * max(coverage.windows, 1) > self._max_unreadable * coverage.characters:
             return f"{coverage.unreadable} of {coverage.characters} characters are unreadable to the model"
         return ""
+
+
+def _yaml() -> ModuleType:
+    """Imported when a policy is read or written, as few processes do."""
+    return import_module("guardmw._yaml")
 
 
 def _text(path: Path) -> str:
