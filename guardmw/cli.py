@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -90,8 +91,18 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
-        told = message if message.startswith("the following arguments are required") else "bad usage"
-        self.exit(FAILED, f"{self.format_usage()}{self.prog}: {told}; a text with spaces goes in quotes\n")
+        options = re.findall(r"(?<!\S)--[a-z][a-z-]{0,30}(?![\w-])", message)
+        if message.startswith("the following arguments are required"):
+            told = message
+        elif "unrecognized arguments" in message and options:
+            told = f"unknown option {options[0]}"
+        elif "unrecognized arguments" in message:
+            told = "more than one TEXT; one with spaces goes in quotes"
+        elif "COMMAND" in message:
+            told = "unknown command"
+        else:
+            told = "bad usage"
+        self.exit(FAILED, f"{self.format_usage()}{self.prog}: {told}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -293,6 +304,8 @@ def _found(verdict: Verdict) -> str:
 def _standard_input() -> str:
     """All of it as text; bytes that are no UTF-8 become U+FFFD, and that is told."""
     given = _binary_stdin().read(rows.LONGEST_LINE + 1)
+    if not given:
+        raise GuardmwError("standard input is empty: nothing was judged")
     if len(given) > rows.LONGEST_LINE:
         raise GuardmwError(f"standard input is longer than {rows.LONGEST_LINE // 2**20} MiB")
     try:

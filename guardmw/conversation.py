@@ -166,7 +166,7 @@ def _turn(given: object) -> Turn:
     role = given["role"]
     if not isinstance(role, str):
         raise ConversationError(f"a role is a str, not {type(role).__name__}")
-    calls = tuple(map(_tool_call, _calls(given)))
+    calls = [_tool_call(call) for call in _calls(given)]
     if given.get("content") is not None and given.get("text") is not None:
         raise ConversationError("a turn has either 'content' or 'text', not both")
     # OpenAI's form gives a turn that only calls tools the content None.
@@ -174,12 +174,16 @@ def _turn(given: object) -> Turn:
     beside = [given[key] for key in _TEXT_KEYS if given.get(key)]
     if content is None and not calls and not beside:
         raise ConversationError("a turn needs content: {'role': 'user', 'content': '…'}")
-    text, media = _read(content)
-    for part in beside:
-        more, kinds = _read(part)
-        text, media = (f"{more}\n{text}" if text else more), (*media, *kinds)
-    media += tuple(key for key in _MEDIA_KEYS if given.get(key))
-    return Turn(_ALIASES.get(role, role), text, calls, str(given.get("name") or ""), media)  # type: ignore[arg-type]
+    read = _Content()
+    for part in (*beside, content):
+        read.add(part)
+    read.media += [key for key in _MEDIA_KEYS if given.get(key)]
+    known = {call.id for call in calls if call.id}
+    calls += [call for call in read.calls if call.id not in known]
+    # Anthropic's form has the user speak what tools answer.
+    speaker = "tool" if read.answers else _ALIASES.get(role, role)
+    text, name = "\n".join(read.texts), str(given.get("name") or "")
+    return Turn(speaker, text, tuple(calls), name, tuple(read.media))  # type: ignore[arg-type]
 
 
 def _calls(given: Mapping[str, Any]) -> Sequence[object]:
@@ -191,25 +195,48 @@ def _calls(given: Mapping[str, Any]) -> Sequence[object]:
     return [*calls, older] if older else calls
 
 
-def _read(content: object) -> tuple[str, tuple[str, ...]]:
-    """Text and kinds of media of a message's content: a str, or a list of typed blocks."""
-    if content is None:
-        return "", ()
-    if isinstance(content, str):
-        return content, ()
-    if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
-        raise ConversationError(f"content is a str or a list of blocks, not {type(content).__name__}")
-    texts, media = [], []
-    for block in content:
+@dataclass(slots=True)
+class _Content:
+    """What a message's content holds: a str, or typed blocks.
+
+    Attributes:
+        answers: some of it is what a tool answered.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    media: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    answers: bool = False
+
+    def add(self, content: object) -> None:
+        if content is None:
+            return
+        if isinstance(content, str):
+            self.texts.append(content)
+            return
+        if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+            raise ConversationError(f"content is a str or a list of blocks, not {type(content).__name__}")
+        for block in content:
+            self._add_block(block)
+
+    def _add_block(self, block: object) -> None:
         if isinstance(block, str):
-            texts.append(block)
-        elif isinstance(block, Mapping) and block.get("type") in _TEXT_BLOCKS and isinstance(block.get("text"), str):
-            texts.append(block["text"])
-        elif isinstance(block, Mapping) and isinstance(block.get("type"), str):
-            media.append(_told(block["type"]) or "unknown")
-        else:
+            self.texts.append(block)
+            return
+        if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
             raise ConversationError("a content block is a str or a dict with a type: {'type': 'text', 'text': '…'}")
-    return "\n".join(texts), tuple(media)
+        kind = block["type"]
+        if kind in _TEXT_BLOCKS and isinstance(block.get("text"), str):
+            self.texts.append(block["text"])
+        elif kind == "thinking" and isinstance(block.get("thinking"), str):
+            self.texts.append(block["thinking"])
+        elif kind == "tool_use":
+            self.calls.append(_tool_call(block))
+        elif kind == "tool_result":
+            self.answers = True
+            self.add(block.get("content"))
+        else:
+            self.media.append(_told(kind) or "unknown")
 
 
 def _told(word: object) -> str:

@@ -173,6 +173,7 @@ class Rules:
         "_categories",
         "_fingerprint",
         "_injection",
+        "_max_characters",
         "_max_unreadable",
         "_on_error",
         "_on_partial",
@@ -192,6 +193,7 @@ class Rules:
         self._on_error = own.on_error or policy.on_error
         self._on_partial = own.on_partial or policy.on_partial
         self._max_unreadable = policy.max_unreadable
+        self._max_characters = policy.max_characters
 
     def decide(self, scores: Scores | None, coverage: Coverage, elapsed_ms: float) -> Verdict:
         """``Policy.decide`` at this stage."""
@@ -253,6 +255,8 @@ class Rules:
 
     def _left_out(self, coverage: Coverage) -> str:
         """What was not judged, in words; empty where everything was."""
+        if not coverage.judged and coverage.characters > self._max_characters:
+            return f"{coverage.characters} characters are more than max_characters: none was judged"
         if coverage.judged < coverage.characters:
             return f"{coverage.judged} of {coverage.characters} characters were judged"
         if coverage.media:

@@ -173,7 +173,7 @@ def print_info(facts: Mapping[str, Any]) -> None:
     short = {key: card[key] for key in _CARD if card.get(key)}
     if short:
         console.print(yaml.safe_dump(short, sort_keys=False, allow_unicode=True, default_flow_style=None).rstrip())
-    console.print(f"\npolicy {facts['fingerprint']}", style="bold")
+    console.print(f"\n# policy {facts['fingerprint']}", style="bold")
     console.print(yaml.safe_dump(facts["policy"], sort_keys=False))
     metrics = card.get("metrics")
     for name, figures in metrics.items() if isinstance(metrics, dict) else ():

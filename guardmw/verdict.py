@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -114,6 +114,10 @@ class Verdict:
     reason: str = ""
     policy: str = ""
     elapsed_ms: float = 0.0
+
+    def __bool__(self) -> NoReturn:
+        # A verdict that is an object is true, and `if guard.screen(text):` would let everything through.
+        raise TypeError("a verdict is neither true nor false: ask verdict.blocked, or enforce(verdict)")
 
     @property
     def blocked(self) -> bool:

@@ -773,3 +773,27 @@ def test_bad_usage_does_not_repeat_what_was_typed(argv: list[str], capsys: pytes
     """A text without quotes is the likeliest mistake."""
     assert cli.main(argv) == 2
     assert "hunter2" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["check", "--polcy", "hunter2", "x"], "unknown option --polcy"),
+        (["check", "one", "hunter2"], "in quotes"),
+        (["hunter2"], "unknown command"),
+        (["eval"], "FILE"),
+    ],
+)
+def test_bad_usage_says_what_was_wrong(argv: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as it can without repeating what may be text."""
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "hunter2" not in error
+
+
+def test_empty_standard_input_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command before the pipe has failed, and nothing was judged."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert cli.main(["check", "-"]) == 2
+    assert "nothing was judged" in capsys.readouterr().err

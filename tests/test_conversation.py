@@ -323,3 +323,19 @@ def test_anything_is_a_conversation_or_a_conversation_error(given_: Any) -> None
         return
     assert isinstance(conversation.trial, str)
     assert conversation.stage
+
+
+def test_anthropics_blocks_are_calls_and_answers() -> None:
+    """A call is no media, and what a tool answered is not what the user said."""
+    use = {"type": "tool_use", "id": "1", "name": "shell", "input": {"cmd": "ls"}}
+    asked = Conversation.of({"role": "assistant", "content": [{"type": "text", "text": "Let me look."}, use]})
+    assert asked.stage == "tool_call"
+    assert asked.last.tool_calls == (ToolCall("shell", {"cmd": "ls"}, "1"),)
+    assert asked.last.media == ()
+    once = {"role": "assistant", "content": [use], "tool_calls": [{"id": "1", "name": "shell", "args": {"cmd": "ls"}}]}
+    assert len(Conversation.of(once).last.tool_calls) == 1
+    inner = [{"type": "text", "text": "a.txt"}, {"type": "image", "source": {}}]
+    answered = Conversation.of(
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": inner}]}
+    )
+    assert (answered.stage, answered.trial, answered.last.media) == ("tool_result", "a.txt", ("image",))

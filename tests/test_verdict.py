@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from guardmw import Coverage, Guard, Policy, Scores, Verdict, Violation
 from guardmw.taxonomy import CATEGORIES
-from guardmw.testing import ScriptedBackend
+from guardmw.testing import KeywordBackend, ScriptedBackend
 from guardmw.verdict import worst
 
 SCORE = st.floats(0, 1)
@@ -106,3 +106,9 @@ def test_the_categories_are_kinds_of_harm_only() -> None:
 def test_a_verdict_survives_a_change_of_process() -> None:
     """Workers hand verdicts back pickled."""
     assert pickle.loads(pickle.dumps(verdict())) == verdict()  # noqa: S301 - its own pickle
+
+
+def test_a_verdict_is_not_to_be_taken_for_a_yes() -> None:
+    """``if guard.screen(text):`` would let everything through."""
+    with pytest.raises(TypeError, match=r"verdict\.blocked"):
+        bool(Guard(KeywordBackend({})).screen("Hello"))

@@ -7,6 +7,7 @@ import io
 import re
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -26,7 +27,9 @@ UNREADABLE = (OSError, EOFError, zlib.error)
 
 _ATTACKS = ("jailbreak", "prompt_injection")
 _LABELS = ("safe", "unsafe")
-_CALL = re.compile(r"([\w.\-]+) (\{.*\})", re.DOTALL)
+_CALL = re.compile(r"([\w.\-]+)[ :(]\s*(\{.*\})\)?", re.DOTALL)
+_NAMED = re.compile(r"\s*([\w.\-]+):?(?=[\s(]|$)")
+_CALL_KEYS = {"name", "arguments", "args", "input", "parameters", "function", "id", "type"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,27 +152,32 @@ def conversation(given: object, *, role: str = "user") -> Conversation:
 def _turn(given: Mapping[str, object], role: object) -> Turn:
     text = given.get("text") if given.get("content") is None else given["content"]
     if role == "tool_call" and isinstance(text, str) and not given.get("tool_calls"):
-        return Turn("assistant", tool_calls=(tool_call(text),))
+        return Turn("assistant", tool_calls=tool_calls(text))
     roles = {"tool_call": "assistant", "tool_result": "tool"}
     spoken = roles.get(role, role) if isinstance(role, str) else role
     return Conversation.of({**given, "role": spoken}).last
 
 
-def tool_call(text: str) -> ToolCall:
-    """A call from ``{"name": …, "arguments": {…}}`` or ``name {…}``; any other text stays as it is, without a name."""
+def tool_calls(text: str) -> tuple[ToolCall, ...]:
+    """The calls in a text: JSON as chat APIs write one or several, ``name {…}``, or a name and whatever follows it.
+
+    Text that is none of these is the arguments of a call without a name.
+    """
     match = _CALL.fullmatch(text.strip())
     try:
         given = unique_loads(match[2] if match else text)
     except ValueError:
-        return ToolCall("", text)
+        given = None
     if match and isinstance(given, dict):
-        return ToolCall(match[1], given)
-    # With any other key it is kept whole, so that all of it is judged.
-    if isinstance(given, dict) and given.keys() == {"name", "arguments"}:
-        name, arguments = given["name"], given["arguments"]
-        if isinstance(name, str) and isinstance(arguments, dict):
-            return ToolCall(name, arguments)
-    return ToolCall("", text)
+        return (ToolCall(match[1], given),)
+    for calls in (given, [given]):
+        # With any other key it is kept whole, so that all of it is judged.
+        if isinstance(calls, list) and calls and all(isinstance(c, dict) and c.keys() <= _CALL_KEYS for c in calls):
+            with suppress(ConversationError):
+                return Conversation.of({"role": "assistant", "tool_calls": calls}).last.tool_calls
+    named = None if isinstance(given, dict | list) else _NAMED.match(text)
+    # Its arguments are judged as they stand; its name is what rules go by.
+    return (ToolCall(named[1], text[named.end() :].strip()),) if named else (ToolCall("", text),)
 
 
 def _row(given: object, source: str) -> Row:

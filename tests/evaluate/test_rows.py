@@ -187,16 +187,23 @@ def test_any_json_is_a_conversation_or_a_clear_error(given: object) -> None:
     ("text", "expected"),
     [
         ('{"name": "ls", "arguments": {"path": "/"}}', ToolCall("ls", {"path": "/"})),
+        ('{"function": {"name": "ls", "arguments": "{}"}}', ToolCall("ls", {})),
+        ('[{"type": "tool_use", "id": "1", "name": "ls", "input": {"path": "/"}}]', ToolCall("ls", {"path": "/"}, "1")),
         ('fs.list {"path": "/"}', ToolCall("fs.list", {"path": "/"})),
-        ("ls -l /", ToolCall("", "ls -l /")),
+        ('ls({"path": "/"})', ToolCall("ls", {"path": "/"})),
+        ('ls: {"path": "/"}', ToolCall("ls", {"path": "/"})),
+        ("ls -l /", ToolCall("ls", "-l /")),
+        ("ls: -l /", ToolCall("ls", "-l /")),
+        ("ls(path='/')", ToolCall("ls", "(path='/')")),
+        ("ls", ToolCall("ls", "")),
         ('{"name": "a", "arguments": {}, "b": "EVIL"}', ToolCall("", '{"name": "a", "arguments": {}, "b": "EVIL"}')),
-        ('ls {"a": ', ToolCall("", 'ls {"a": ')),
+        ('ls {"a": ', ToolCall("ls", '{"a":')),
         ("[" * 100_000, ToolCall("", "[" * 100_000)),
     ],
 )  # fmt: skip
 def test_reads_a_tool_call(text: str, expected: ToolCall) -> None:
-    """What is not understood as a call stays as it is, so that all of it is judged."""
-    assert rows.tool_call(text) == expected
+    """However it is written, rules find its name; what is no call stays as it is, so that all of it is judged."""
+    assert rows.tool_calls(text) == (expected,)
 
 
 def test_lines_are_counted_whatever_ends_them() -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from langchain_core.runnables.config import ContextThreadPoolExecutor
 
 from guardmw import Backend, Blocked, Guard
+from guardmw.conversation import STAGES
 from langchain_guardmw.held import Held, Mode
 from langchain_guardmw.outcome import REFUSAL, refusal, strictest
 from langchain_guardmw.parts import CONTEXT_TURNS, parts, within
@@ -50,6 +51,9 @@ class Gate:
 
     Attributes: as in ``guard()``.
         refusal: what a refusal says.
+
+    Raises:
+        ValueError: one of them is none of those that there are.
     """
 
     guard: Guard | None = None
@@ -58,6 +62,17 @@ class Gate:
     mode: Mode = "hold"
     leak: int = 0
     refusal: str = REFUSAL
+
+    def __post_init__(self) -> None:
+        for name, given, known in (
+            ("stage", self.stage, (None, *STAGES)),
+            ("on_block", self.on_block, get_args(OnBlock)),
+            ("stream", self.mode, get_args(Mode)),
+        ):
+            if given not in known:
+                raise ValueError(f"{name} is one of {', '.join(map(repr, known))}")
+        if not isinstance(self.leak, int) or self.leak < 0:
+            raise ValueError("leak is a number of characters, 0 or more")
 
     def screen(self, value: T, context: tuple[Turn, ...] = ()) -> T:
         """Judge a whole value, said after these turns."""
@@ -75,12 +90,12 @@ class Gate:
             if asked := held.feed(chunk):
                 held.take(guard.screen_many(asked))
             yield from held.released()
-            if held.verdict:
+            if held.verdict is not None:
                 break
         else:
             held.take(guard.screen_many(held.end()))
             yield from held.released()
-        if held.verdict:
+        if held.verdict is not None:
             upstream.close(held.verdict)
             yield self.withheld(held.last, held.verdict, started=held.started)
 
@@ -94,13 +109,13 @@ class Gate:
                 held.take(await guard.ascreen_many(asked))
             for released in held.released():
                 yield released
-            if held.verdict:
+            if held.verdict is not None:
                 break
         else:
             held.take(await guard.ascreen_many(held.end()))
             for released in held.released():
                 yield released
-        if held.verdict:
+        if held.verdict is not None:
             await upstream.aclose()
             yield self.withheld(held.last, held.verdict, started=held.started)
 
@@ -148,6 +163,10 @@ class Around:
     gate: Gate
     input: Input = "before"
     output: bool = True
+
+    def __post_init__(self) -> None:
+        if self.input not in get_args(Input):
+            raise ValueError(f"input is one of {', '.join(map(repr, get_args(Input)))}")
 
     def call(self, value: object, run: Callable[[], T], *, empty: T, context: Context | None = None) -> T:
         """What ``run`` returns, once judged; a refusal is made of ``empty`` where it returned nothing."""
@@ -260,7 +279,7 @@ def _turns(asked: list[Conversation]) -> tuple[Turn, ...]:
 
 
 def _enforce(verdicts: Sequence[Verdict]) -> None:
-    if verdict := strictest(verdicts):
+    if (verdict := strictest(verdicts)) is not None:
         raise Blocked(verdict)
 
 

@@ -78,7 +78,7 @@ class Held:
     def take(self, verdicts: Sequence[Verdict]) -> None:
         """The verdicts on what was to be judged, in its order."""
         self._hold.take([not withholds(verdict) for verdict in verdicts])
-        self.verdict = self.verdict or strictest(verdicts)
+        self.verdict = strictest(verdicts) if self.verdict is None else self.verdict
 
     def released(self) -> Iterator[Any]:
         """The chunks that may go out."""

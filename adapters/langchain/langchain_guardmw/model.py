@@ -103,6 +103,7 @@ def guard_model(
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
         TypeError: there is no chat model in ``model``.
+        ValueError: input, on_block, stream or leak is none of those that there are.
     """
     gate = Gate(as_guard(g), "output", on_block, stream, leak)
     return _guarded(model, Around(gate, input))

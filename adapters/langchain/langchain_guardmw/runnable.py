@@ -52,8 +52,10 @@ def guard(
 
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
+        ValueError: stage, on_block, stream or leak is none of those that there are.
     """
-    return GuardRunnable(guard=as_guard(g), stage=stage, on_block=on_block, mode=stream, leak=leak)
+    gate = Gate(as_guard(g), stage, on_block, stream, leak)
+    return GuardRunnable(guard=gate.guard, stage=stage, on_block=on_block, mode=stream, leak=leak)
 
 
 class GuardRunnable(RunnableSerializable[Any, Any]):

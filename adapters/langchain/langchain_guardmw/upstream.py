@@ -45,7 +45,7 @@ class Upstream:
         # Whatever a step does on its way out, what reaches the caller is the verdict.
         with suppress(Exception):
             if hasattr(chunks, "throw"):
-                chunks.throw(Blocked(verdict) if verdict else Abandoned())
+                chunks.throw(Abandoned() if verdict is None else Blocked(verdict))
         with suppress(Exception):
             if hasattr(chunks, "close"):
                 chunks.close()

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
-from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.language_models.fake_chat_models import FakeListChatModel, GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompt_values import ChatPromptValue, StringPromptValue
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnableParallel
-from langchain_guardmw import REFUSAL, gate, guard
-from pydantic import ValidationError
+from langchain_guardmw import REFUSAL, gate, guard, guard_model
 
 from guardmw import BackendError, Blocked, Guard, Policy, Scores
 from guardmw.testing import KeywordBackend, ScriptedBackend
@@ -374,8 +373,15 @@ def test_anything_else_is_an_error_at_once(g: Any) -> None:
 @pytest.mark.parametrize("options", [{"on_block": "rase"}, {"stream": "held"}, {"leak": -1}, {"stage": "outpt"}])
 def test_options_are_checked_at_once(options: dict[str, Any]) -> None:
     """And the message says what they may be."""
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))} is "):
         guard(KEYWORD, **options)
+
+
+@pytest.mark.parametrize("options", [{"input": False}, {"on_block": "refuze"}, {"stream": "x"}, {"leak": -1}])
+def test_options_of_a_guarded_model_are_checked_at_once(options: dict[str, Any]) -> None:
+    """A word that is not known must not mean the other one."""
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))} is "):
+        guard_model(FakeListChatModel(responses=["Hello"]), KEYWORD, **options)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
