@@ -10,6 +10,8 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from guardmw import Conversation, Guard, Scores
 from guardmw.backends.onnx import EMBEDDED, OnnxBackend
 
@@ -134,6 +136,8 @@ def with_model() -> None:
     show("a check of 32 tokens, embedded model, one thread", f"{median(total) * 1e3:.2f} ms", "2.5 ms")
     show("the same, 95 of 100 are faster", f"{sorted(total)[int(len(total) * 0.95)] * 1e3:.2f} ms", "")
     show("of which guardmw, not tokenising nor ONNX", f"{median(own(600)) * 1e6:.0f} µs", "60 µs")
+    # A run of the model leaves little of guardmw in the processor's caches; this is the same work with warm ones.
+    show("the same, the model's answer given at once", f"{median(own(6000, instant=True)) * 1e6:.0f} µs", "")
     whole, bare = long_text(100_000)
     show("100,000 characters", f"{whole:.2f} s", "")
     show("the same, against the bare ONNX time of its windows", f"{whole / bare:.2f} x", "1.6 x")
@@ -152,9 +156,26 @@ def clocked() -> tuple[Guard, Clocked, Clocked]:
     return Guard(backend), session, tokenizer
 
 
-def own(times: int) -> list[float]:
+class Given:
+    """A session that has its answer ready."""
+
+    def __init__(self, answer: list[Any]) -> None:
+        self._answer = answer
+
+    def run(self, *_: object) -> list[Any]:
+        """The answer."""
+        return self._answer
+
+
+def own(times: int, *, instant: bool = False) -> list[float]:
     """Seconds of a check that neither the tokenizer nor the session took."""
     guard, session, tokenizer = clocked()
+    if instant:
+        backend = guard.backend
+        assert isinstance(backend, OnnxBackend)
+        shapes = [(1, 1), (1, len(backend.card.labels)), (1, 1)]
+        session = Clocked(Given([np.full(shape, -3.0, dtype=np.float32) for shape in shapes]))
+        backend._session = session  # type: ignore[assignment]
     taken = []
     for _ in range(times):
         session.seconds = tokenizer.seconds = 0.0
