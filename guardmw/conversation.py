@@ -175,8 +175,11 @@ def _turn(given: object) -> Turn:
     if content is None and not calls and not beside:
         raise ConversationError("a turn needs content: {'role': 'user', 'content': '…'}")
     read = _Content()
-    for part in (*beside, content):
-        read.add(part)
+    try:
+        for part in (*beside, content):
+            read.add(part)
+    except RecursionError:
+        raise ConversationError("content is nested too deeply to be read") from None
     read.media += [key for key in _MEDIA_KEYS if given.get(key)]
     known = {call.id for call in calls if call.id}
     calls += [call for call in read.calls if call.id not in known]

@@ -339,3 +339,12 @@ def test_anthropics_blocks_are_calls_and_answers() -> None:
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": inner}]}
     )
     assert (answered.stage, answered.trial, answered.last.media) == ("tool_result", "a.txt", ("image",))
+
+
+def test_answers_within_answers_without_end_are_refused() -> None:
+    """The error is ours, and not Python's about its stack."""
+    content: Any = "EVIL"
+    for _ in range(2_000):
+        content = [{"type": "tool_result", "content": content}]
+    with pytest.raises(ConversationError, match="nested too deeply"):
+        Conversation.of({"role": "user", "content": content})
