@@ -34,7 +34,7 @@ _TEXT_BLOCKS = ("text", "input_text", "output_text")
 _TEXT_KEYS = ("reasoning_content", "reasoning", "thinking", "refusal")
 _MEDIA_KEYS = ("attachments", "audio", "files", "images", "parts", "videos")
 _ARGUMENT_KEYS = ("arguments", "args", "input", "parameters")
-_ESCAPE = re.compile(r"\\(.)")
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "/": "/"}
 
 
@@ -267,8 +267,16 @@ def _spelled(arguments: Mapping[str, Any]) -> str:
 
 
 def unescaped(text: str) -> str:
-    """JSON text with line breaks, tabs, quotes and backslashes in place of their escapes."""
-    return _ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[0]), text) if "\\" in text else text
+    """JSON text with the characters that its escapes stand for."""
+    if "\\" not in text:
+        return text
+    # A character beyond the first plane is escaped as two halves, which belong together.
+    plain = _ESCAPE.sub(lambda match: chr(int(match[1][1:], 16)) if len(match[1]) > 1 else _plainly(match), text)
+    return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if "\\u" in text else plain
+
+
+def _plainly(match: re.Match[str]) -> str:
+    return _ESCAPED.get(match[1], match[0])
 
 
 def _plain(value: object) -> object:

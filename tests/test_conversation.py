@@ -348,3 +348,18 @@ def test_answers_within_answers_without_end_are_refused() -> None:
         content = [{"type": "tool_result", "content": content}]
     with pytest.raises(ConversationError, match="nested too deeply"):
         Conversation.of({"role": "user", "content": content})
+
+
+@pytest.mark.parametrize(
+    ("escaped", "plain"),
+    [
+        (r"\u0065vil", "evil"),
+        (r"a\nb \"c\" \\n", 'a\nb "c" \\n'),
+        (r"\ud83d\udc4d", "\U0001f44d"),
+        (r"\ud83d", "\ufffd"),
+        (r"\u12 C:\x", r"\u12 C:\x"),
+    ],
+)
+def test_escapes_are_what_they_stand_for(escaped: str, plain: str) -> None:
+    """Tools that write ASCII escape every other letter, and whoever hides a word any."""
+    assert unescaped(escaped) == plain

@@ -120,11 +120,11 @@ class Windows:
 
 def _as_read(conversation: Conversation) -> str:
     """The text on trial in the form it is tokenised in."""
-    text = _readable(conversation.trial)
+    text = conversation.trial
     # A tool's call is spelled without escapes; what it or a document brings may be JSON text.
     if conversation.stage in ("tool_result", "document") and text.lstrip()[:1] in ("{", "["):
-        return unescaped(text)
-    return text
+        text = unescaped(text)
+    return _readable(text)
 
 
 def _readable(text: str) -> str:
