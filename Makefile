@@ -8,7 +8,7 @@ PROJECTS := pyproject.toml $(ADAPTERS:%=%/pyproject.toml) constraints.txt
 TYPED := guardmw adapters/langchain/langchain_guardmw adapters/llama-index/llama_index
 EDITABLE := $(ADAPTERS:%=--editable ./%)
 
-.PHONY: help demo test test-full check coverage bench train build clean
+.PHONY: help demo test test-full check coverage bench build clean
 help:
 	@echo 'make demo       a guided tour on real conversations'
 	@echo 'make test       the tests'

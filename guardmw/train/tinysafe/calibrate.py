@@ -44,9 +44,7 @@ def measure(backend: Backend, rows: Sequence[Row]) -> dict[str, Measured]:
 
 
 def fit(measured: dict[str, Measured], target_fpr: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Temperatures by likelihood, and the thresholds whose false-positive rate is ``target_fpr``: by stage, and
-    "injection".
-    """  # noqa: D205 - one sentence
+    """Temperatures by likelihood, and thresholds by false-positive rate; of each stage, and of "injection"."""
     temperatures, thresholds = {}, {}
     for key in ("injection", *STAGES):
         part = measured.get(key)
