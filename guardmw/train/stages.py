@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from guardmw.errors import GuardmwError
 from guardmw.evaluate import rows
-from guardmw.train import split
+from guardmw.train import readings, split
 from guardmw.train.filter import filter_
 from guardmw.train.ingest import ingest, paths
+from guardmw.train.readings import reread
 from guardmw.train.relabel import relabel
 
 if TYPE_CHECKING:
@@ -105,6 +106,15 @@ class Line:
     def ingest(self, settings: Ingest) -> None:
         """Read the sources."""
         self.stage("ingest", settings, lambda _: (ingest(settings), {}))
+
+    def reread(self) -> None:
+        """Take the labels of rows that were read again."""
+        given = self.rows
+
+        def make(_: Path) -> tuple[list[Row], dict[str, Any]]:
+            return reread(given, readings.read())
+
+        self.stage("reread", None, make, [content(readings.FILE)])
 
     def relabel(self, settings: Relabel) -> None:
         """Have an LLM give labels anew."""

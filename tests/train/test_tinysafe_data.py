@@ -167,3 +167,31 @@ def test_halves_of_the_held_out_rows_share_no_family(tmp_path: Path) -> None:
     assert one
     assert other
     assert said[0].isdisjoint(said[1])
+
+
+def long_row(tmp_path: Path, tokenizer_json: str, **more: str) -> data.Example:
+    """An unsafe text of several windows."""
+    windows = Windows(Tokenizer.from_str(tokenizer_json), Card(name="tiny", max_tokens=24, overlap=4))
+    path = tmp_path / "long.jsonl"
+    given = {"text": "bread " * 60 + "evil", "label": "unsafe", "cat_source": "none", **more}
+    path.write_text(json.dumps(given), encoding="utf-8")
+    return data.encode(list(read(path)), windows)[0]
+
+
+def test_a_long_row_is_shown_where_it_tells(tmp_path: Path, tokenizer_json: str) -> None:
+    """What is planted at its end makes nothing else of it unsafe."""
+    example = long_row(tmp_path, tokenizer_json)
+    last = len(example.windows) - 1
+    draw = random.Random(0)  # noqa: S311 - a draw, not a secret
+    pointed = replace(example, telling=last)
+    assert {id(pointed.window(draw, TRAINING)) for _ in range(20)} == {id(example.windows[last])}
+    assert len({id(example.window(draw, TRAINING)) for _ in range(200)}) == len(example.windows)
+
+
+def test_results_of_tools_are_never_shown_in_part(tmp_path: Path, tokenizer_json: str) -> None:
+    """An instruction may stand at their end."""
+    short = TRAINING.model_copy(update={"long_share": 0.0, "short_tokens": 16})
+    draw = random.Random(0)  # noqa: S311 - a draw, not a secret
+    said, told = (long_row(tmp_path, tokenizer_json, role=role) for role in ("user", "tool_result"))
+    assert max(len(said.window(draw, short).ids) for _ in range(50)) == 16
+    assert {id(told.window(draw, short)) for _ in range(200)} == {id(window) for window in told.windows}

@@ -139,7 +139,7 @@ def test_each_stage_leaves_a_file_and_the_last_one_can_be_named(pool: Path, enco
     out = tmp_path / "run"
     path = recipe(tmp_path, pool, encoder, contrast=True)
     assert train(path, out, "--until", "filter") == 0
-    assert {folder.name for folder in out.iterdir()} == {"train.log", "ingest", "synthesise", "filter"}
+    assert {folder.name for folder in out.iterdir()} == {"train.log", "ingest", "synthesise", "reread", "filter"}
     made = ("ingest", "synthesise", "filter")
     ingested, joined, kept = (list(rows.read(out / name / "rows.jsonl.gz")) for name in made)
     assert ingested == list(rows.read(pool))
@@ -150,13 +150,20 @@ def test_each_stage_leaves_a_file_and_the_last_one_can_be_named(pool: Path, enco
 
 
 def test_a_student_learns_from_teachers_with_fewer_layers(pool: Path, encoder: Path, tmp_path: Path) -> None:
-    """It starts from one of them, and comes out smaller."""
+    """It starts from some of them, mixed, and comes out smaller."""
     path = recipe(
         tmp_path,
         pool,
         encoder,
         teachers={"early": {"epochs": 1}, "late": {"start": "early", "learns": True, "teaches": False}},
-        train={"start": "late", "layers": [1], "epochs": 1, "distillation": 1.0, "ema": 0.9, "fgm": 0.1},
+        train={
+            "start": {"early": 0.25, "late": 0.75},
+            "layers": [1],
+            "epochs": 1,
+            "distillation": 1.0,
+            "ema": 0.9,
+            "fgm": 0.1,
+        },
     )
     out = tmp_path / "run"
     assert train(path, out) == 0
@@ -211,6 +218,8 @@ def test_rows_may_be_named_whatever_a_recipe_ingests(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"train": {"start": "nobody"}}, "no teacher before it"),
+        ({"teachers": {"one": {}}, "train": {"start": {"one": 0.5, "two": 0.5}}}, "no teacher before it"),
+        ({"teachers": {"one": {}}, "train": {"start": {"one": 0.5}}}, "do not come to 1"),
         ({"train": {"epochs": 0}}, "train.epochs"),
         ({"trian": {}}, "trian"),
         ({"ingest": {"sources": ["missing.jsonl"]}}, "missing.jsonl"),
@@ -262,6 +271,37 @@ def test_rows_that_weigh_nothing_do_not_spoil_a_network() -> None:
     said = (torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 7), torch.zeros(1, 1))
     loss = fit._loss(said, [(noisy, None)], Training(encoder="tiny", source_weights={"noisy": 0}), [1.0] * 7)  # type: ignore[list-item]
     assert float(loss.detach()) == 0
+
+
+def test_a_network_points_to_the_window_that_tells() -> None:
+    """Of long unsafe rows; by harm or by injection, whichever is the clearer."""
+    import torch
+
+    from guardmw.backends._windows import Window
+    from guardmw.train.tinysafe import fit
+    from guardmw.train.tinysafe.data import Example
+
+    class Seer(torch.nn.Module):
+        """Sees harm in token 5 and an injection in token 7."""
+
+        def forward(self, ids: Any, mask: Any, segments: Any) -> Any:
+            """As a classifier's."""
+            seen = [(ids == token).sum(1, keepdim=True).float() for token in (5, 7)]
+            return seen[0], torch.zeros(len(ids), 7), 2 * seen[1]
+
+    def example(*windows: list[int], unsafe: bool = True) -> Example:
+        cut = tuple(Window(ids, [0] * len(ids)) for ids in windows)
+        return Example("key", cut, (), "tool_result", "pond", unsafe=unsafe, injection=False, categories=None)
+
+    given = [
+        example([1, 2], [1, 5, 5, 1], [1]),
+        example([1], [5], [7, 1]),
+        example([5]),
+        example([1], [5], unsafe=False),
+    ]
+    pointed = fit.pointed(Seer(), given)  # type: ignore[arg-type]
+    assert [each.telling for each in pointed] == [1, 2, None, None]
+    assert fit.logits(Seer(), pointed, 64)[:, 0].tolist() == [2, 0, 1, 0]  # type: ignore[arg-type]
 
 
 def test_a_soup_is_the_mean_of_its_branches(tmp_path: Path, pool: Path, encoder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-STAGES = ("ingest", "synthesise", "relabel", "filter", "teach", "train", "compress", "calibrate", "card")
+STAGES = ("ingest", "synthesise", "reread", "relabel", "filter", "teach", "train", "compress", "calibrate", "card")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -30,6 +30,7 @@ class Example:
         bare: of the text alone, where it has context; empty otherwise.
         categories: 1.0 or 0.0 by CATEGORIES; None where unknown.
         taught: the teachers' logits: unsafe, injection, then by CATEGORIES; empty without teachers.
+        telling: which of the windows shows what makes it unsafe; None where nobody has looked.
     """
 
     key: str
@@ -41,14 +42,26 @@ class Example:
     injection: bool
     categories: tuple[float, ...] | None
     taught: tuple[float, ...] = ()
+    telling: int | None = None
 
     def window(self, draw: random.Random, training: Training) -> Window:
         """The window to show this time."""
+        if self.telling is not None:
+            return self.read(training.short_tokens if draw.random() >= training.long_share else None)
         windows = self.bare if self.bare and draw.random() < training.context_dropout else self.windows
         # What makes a text unsafe mostly shows at its start; further on it may not show at all.
         first = len(windows) == 1 or (self.unsafe and draw.random() < 0.5)  # noqa: PLR2004 - half of the time
         window = windows[0] if first else draw.choice(windows)
-        return window if draw.random() < training.long_share else shortened(window, training.short_tokens)
+        return self._cut(window, training.short_tokens if draw.random() >= training.long_share else None)
+
+    def read(self, tokens: int | None) -> Window:
+        """The window that tells most, or the first, cut to so many tokens."""
+        return self._cut(self.windows[self.telling or 0], tokens)
+
+    def _cut(self, window: Window, tokens: int | None) -> Window:
+        # An instruction may be planted at the end of a record; without it, the label is wrong.
+        planted = self.stage in ("tool_result", "document")
+        return window if planted or tokens is None else shortened(window, tokens)
 
 
 def shortened(window: Window, tokens: int) -> Window:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from guardmw.errors import DataError
 from guardmw.evaluate import metrics
 from guardmw.taxonomy import CATEGORIES
-from guardmw.train.tinysafe.data import Batch, Example, batches, shortened
+from guardmw.train.tinysafe.data import Batch, Example, batches
 from guardmw.train.tinysafe.model import Classifier, asymmetric, focal
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from guardmw.backends._windows import Window
     from guardmw.train.tinysafe.recipe import Training
 
 CHECKPOINT = "checkpoint.pt"
@@ -45,6 +47,7 @@ def fit(
     """Train, leaving the best weights in ``folder``/best.pt and loaded in the model.
 
     A run that finds its own checkpoint in the folder goes on from there; one that finds itself done takes what it made.
+    A network that has learned before shows of long rows the window that it finds most telling.
 
     Returns:
         The best evaluation: what it is judged by ("auprc" or "recall"), its epoch and step.
@@ -55,7 +58,7 @@ def fit(
         return _taken(model, folder)
     balance = balanced(examples, training.category_balance)
     watched = random.Random(seed).sample(held_out, min(training.watched, len(held_out)))  # noqa: S311 - no secret
-    plan = _plan(examples, training, seed)
+    plan = _plan(model, examples, training, seed)
     total = max(1, min(round(training.epochs * len(plan[0])), sum(map(len, plan))))
     optimizer = torch.optim.AdamW(_groups(model, training), lr=training.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, training))
@@ -104,8 +107,10 @@ def fit(
     return _taken(model, folder)
 
 
-def _plan(examples: Sequence[Example], training: Training, seed: int) -> list[list[Batch]]:
+def _plan(model: Classifier, examples: Sequence[Example], training: Training, seed: int) -> list[list[Batch]]:
     """The batches of each epoch."""
+    if training.start:
+        examples = pointed(model, examples)
     plan = [list(batches(examples, training, epoch, seed)) for epoch in range(math.ceil(training.epochs))]
     if not plan[0]:
         raise DataError("source_shares leave no row to train on")
@@ -127,18 +132,32 @@ def _taken(model: Classifier, folder: Path) -> dict[str, float]:
     return best
 
 
-@torch.inference_mode()
 def logits(model: Classifier, examples: Sequence[Example], tokens: int) -> metrics.Floats:
-    """What a network says of each first window, cut to ``tokens``: unsafe, injection and CATEGORIES, (n, 9)."""
+    """What a network says of the window that tells most, in ``tokens``: unsafe, injection and CATEGORIES, (n, 9)."""
+    found: metrics.Floats = _said(model, [example.read(tokens) for example in examples])
+    return found
+
+
+def pointed(model: Classifier, examples: Sequence[Example]) -> list[Example]:
+    """The examples, with the most telling window of each long unsafe one, as a network sees it."""
+    long = [at for at, example in enumerate(examples) if example.unsafe and len(example.windows) > 1]
+    said = iter(_said(model, [window for at in long for window in examples[at].windows])[:, :2].max(axis=1))
+    found = list(examples)
+    for at in long:
+        found[at] = replace(found[at], telling=int(np.argmax([next(said) for _ in found[at].windows])))
+    return found
+
+
+@torch.inference_mode()
+def _said(model: Classifier, windows: Sequence[Window]) -> metrics.Floats:
     device = _device()
     model.to(device).eval()
-    windows = [shortened(example.windows[0], tokens) for example in examples]
-    order = sorted(range(len(examples)), key=lambda i: len(windows[i].ids))
-    found = np.empty((len(examples), 2 + len(CATEGORIES)))
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
+    found = np.empty((len(windows), 2 + len(CATEGORIES)))
     for start in range(0, len(order), 64):
         group = order[start : start + 64]
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            unsafe, kinds, attack = model(*_tensors([(examples[i], windows[i]) for i in group], device))
+            unsafe, kinds, attack = model(*_tensors([windows[i] for i in group], device))
         found[group] = torch.cat((unsafe, attack, kinds), dim=1).float().cpu().numpy()
     return found
 
@@ -160,7 +179,7 @@ def _learn(
 ) -> float:
     """One step; the loss it began with."""
     device = next(model.parameters()).device
-    tensors = _tensors(batch, device)
+    tensors = _tensors([window for _, window in batch], device)
     optimizer.zero_grad(set_to_none=True)
 
     def backward() -> float:
@@ -184,11 +203,11 @@ def _learn(
     return loss
 
 
-def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    length = max(len(window.ids) for _, window in batch)
-    ids = torch.zeros((len(batch), length), dtype=torch.long)  # whichever token 0 is, it is masked
+def _tensors(windows: Sequence[Window], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    length = max(len(window.ids) for window in windows)
+    ids = torch.zeros((len(windows), length), dtype=torch.long)  # whichever token 0 is, it is masked
     mask, segments = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, (_, window) in enumerate(batch):
+    for row, window in enumerate(windows):
         n = len(window.ids)
         ids[row, :n] = torch.tensor(window.ids)
         segments[row, :n] = torch.tensor(window.segments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,7 +46,8 @@ class Training(Part):
     Attributes:
         encoder: a folder, or a name on the Hugging Face hub.
         revision: of a name on the hub.
-        start: the teacher whose weights to begin with, instead of the encoder's own.
+        start: the teacher whose weights to begin with, instead of the encoder's own; or several, by name, each with its
+            share of every weight.
         layers: the encoder's layers that are kept, counted from 0; all if empty.
         pooling: "mean" of the text on trial, or the state of the first token ("cls").
         dropout: in the encoder's layers and before the heads. Attention has none: drawing its random numbers takes
@@ -82,7 +84,7 @@ class Training(Part):
 
     encoder: str
     revision: str | None = None
-    start: str = ""
+    start: str | dict[str, Annotated[float, Field(gt=0, le=1)]] = ""
     layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     pooling: Literal["mean", "cls"] = "mean"
     dropout: Share = 0.1
@@ -116,6 +118,17 @@ class Training(Part):
     learns: bool = False
     teaches: bool = True
 
+    @property
+    def starts(self) -> dict[str, float]:
+        """The teachers to begin with, by name, with their shares."""
+        return self.start if isinstance(self.start, dict) else {self.start: 1.0} if self.start else {}
+
+    @model_validator(mode="after")
+    def _starts_are_whole(self) -> Training:
+        if self.starts and not math.isclose(sum(self.starts.values()), 1):
+            raise ValueError("start: the shares do not come to 1")
+        return self
+
 
 class Recipe(Part):
     """From rows to an artefact: the stages in the order in which they run.
@@ -131,6 +144,8 @@ class Recipe(Part):
         relabel: the model that labels them anew; null leaves labels as they are.
         synthesise: the model that writes hard pairs; null for none.
         contrast: whether the hand-written pairs join the rows.
+        readings: whether public rows that were read again take the labels they were read to have, before any LLM's;
+            what could not be decided keeps its label with a confidence of 0.5, for the filter.
         filter: what rows are dropped.
         held_out: share of the rows kept for early stopping, temperatures and thresholds.
         teachers: networks trained first, by name.
@@ -152,6 +167,7 @@ class Recipe(Part):
     relabel: Relabel | None = None
     synthesise: Synthesise | None = None
     contrast: bool = True
+    readings: bool = True
     filter: Filter = Filter()
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.06
     teachers: dict[str, Training] = {}
@@ -171,8 +187,8 @@ class Recipe(Part):
     def _starts_are_known(self) -> Recipe:
         known: set[str] = set()
         for name, training in (*self.teachers.items(), ("train", self.train)):
-            if training.start and training.start not in known:
-                raise ValueError(f"{name} starts from {training.start!r}, which is no teacher before it")
+            for start in training.starts.keys() - known:
+                raise ValueError(f"{name} starts from {start!r}, which is no teacher before it")
             known.add(name)
         return self
 

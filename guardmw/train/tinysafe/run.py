@@ -18,9 +18,9 @@ from guardmw.train import contrast, split, telling
 from guardmw.train.ingest import by_file, check
 from guardmw.train.stages import SETTINGS, Line, digest, keep_settings, log
 from guardmw.train.synthesise import Synthesise, synthesise
+from guardmw.train.tinysafe import STAGES, data, export
 from guardmw.train.tinysafe import card as model_card
-from guardmw.train.tinysafe import data, export
-from guardmw.train.tinysafe.fit import BEST, fit, logits
+from guardmw.train.tinysafe.fit import BEST, fit, logits, pointed
 from guardmw.train.tinysafe.model import Classifier, build, keep
 from guardmw.train.tinysafe.tokenizer import harden
 
@@ -58,7 +58,7 @@ def run(recipe: Recipe, out: Path, *, until: str = "card") -> None:
         torch.set_num_threads(recipe.threads)
     with log(out) as say:
         found = _rows(recipe, out, until, say)
-        if until in ("ingest", "synthesise", "relabel", "filter"):
+        if until in STAGES[: STAGES.index("filter") + 1]:
             return
         training, held_out = split.split(found, recipe.held_out)
         say(f"{len(training)} rows to train on, {len(held_out)} held out")
@@ -66,8 +66,9 @@ def run(recipe: Recipe, out: Path, *, until: str = "card") -> None:
         if until == "teach":
             return
         desk = _Desk(recipe, recipe.train, training, held_out, say)
-        best = desk.fit(out / "train", {"teachers": digest(taught)}, taught, _start(recipe.train, out / "teachers"))
-        _mix(desk.model, recipe.soup, out / "teachers")
+        best = desk.fit(out / "train", {"teachers": digest(taught)}, taught, out / "teachers")
+        if recipe.soup:
+            _mix(desk.model, recipe.soup, out / "teachers")
         if until == "train":
             return
         say("exporting")
@@ -102,8 +103,9 @@ def _check(recipe: Recipe) -> None:
         if positions and recipe.max_tokens > positions:
             raise GuardmwError(f"max_tokens is {recipe.max_tokens}; the encoder {training.encoder} has {positions}")
         shapes[name] = _shapes(model)
-        if training.start and shapes[training.start] != _shapes(build(_whole(training))):
-            raise GuardmwError(f"start: the teacher {training.start} has another encoder, or fewer layers")
+        for start in training.starts:
+            if shapes[start] != _shapes(build(_whole(training))):
+                raise GuardmwError(f"start: the teacher {start} has another encoder, or fewer layers")
     if other := [name for name in recipe.soup if shapes[name] != shapes["train"]]:
         raise GuardmwError(f"soup: {', '.join(other)}: of another shape than the network that ships")
 
@@ -150,6 +152,10 @@ def _rows(recipe: Recipe, out: Path, until: str, say: Say) -> list[Row]:
     )
     if until == "synthesise":
         return line.rows
+    if recipe.readings:
+        line.reread()
+    if until == "reread":
+        return line.rows
     if recipe.relabel:
         line.relabel(recipe.relabel)
     if until == "relabel":
@@ -182,8 +188,8 @@ class _Desk:
         self.model = build(training)
         self._recipe, self._training, self._say = recipe, training, say
 
-    def fit(self, folder: Path, made_from: dict[str, Any], taught: Taught, start: Path | None) -> dict[str, float]:
-        """Train in a folder, or take what it holds.
+    def fit(self, folder: Path, made_from: dict[str, Any], taught: Taught, teachers: Path) -> dict[str, float]:
+        """Train in a folder, or take what it holds, beginning with what lies in the folders of teachers.
 
         Raises:
             GuardmwError: the folder is of other settings or rows.
@@ -193,8 +199,8 @@ class _Desk:
         made_from |= {"windows": self.card.model_dump(mode="json", include={"max_tokens", "overlap", "form"})}
         made_from |= {"rows": data.traced(self.examples), "held_out": data.traced(self.held_out)}
         keep_settings(folder / SETTINGS, made_from)
-        if start:
-            _begin(self.model, start, self._training)
+        if self._training.start:
+            _begin(self.model, _mixed(self._training.starts, teachers), self._training)
         examples = data.teach(self.examples, taught) if taught else self.examples
         seed = self._recipe.seed
         return fit(self.model, examples, self.held_out, self._training, seed=seed, folder=folder, say=self._say)
@@ -213,38 +219,36 @@ def _teach(recipe: Recipe, folder: Path, training: Sequence[Row], held_out: Sequ
         mine, made = folder / name, folder / name / LOGITS
         desk = _Desk(recipe, settings, training, held_out, say)
         heard = taught() if settings.learns else {}
-        desk.fit(mine, {"teachers": digest(heard)}, heard, _start(settings, folder))
+        desk.fit(mine, {"teachers": digest(heard)}, heard, folder)
         if not settings.teaches:
             continue
         if not made.exists():
-            np.savez(made, logits=logits(desk.model, desk.examples, settings.short_tokens), keys=np.array(keys))
+            told = logits(desk.model, pointed(desk.model, desk.examples), settings.short_tokens)
+            np.savez(made, logits=told, keys=np.array(keys))
         said.append(np.load(made)["logits"])
     return taught()
 
 
-def _start(training: Training, teachers: Path) -> Path | None:
-    return teachers / training.start / BEST if training.start else None
-
-
-def _begin(model: Classifier, start: Path, training: Training) -> None:
-    """Load a teacher's weights, less the layers that are not kept; that they fit has been looked at."""
-    state = torch.load(start, weights_only=True, map_location="cpu")
+def _begin(model: Classifier, state: Mapping[str, torch.Tensor], training: Training) -> None:
+    """Load teachers' weights, less the layers that are not kept; that they fit has been looked at."""
     whole = build(_whole(training))
     whole.load_state_dict(state)
     keep(whole, training.layers)
     model.load_state_dict(whole.state_dict())
 
 
+def _mixed(shares: Mapping[str, float], teachers: Path) -> dict[str, torch.Tensor]:
+    """The sum of teachers' weights, each times its share."""
+    states = {name: torch.load(teachers / name / BEST, weights_only=True, map_location="cpu") for name in shares}
+    names = next(iter(states.values()))
+    return {weight: sum(share * states[name][weight] for name, share in shares.items()) for weight in names}
+
+
 def _mix(model: Classifier, soup: Mapping[str, float], teachers: Path) -> None:
     """Average a network with teachers of its shape, weight by weight."""
-    if not soup:
-        return
-    mixed = {name: (1 - sum(soup.values())) * weight for name, weight in model.state_dict().items()}
-    for teacher, share in soup.items():
-        device = next(iter(mixed.values())).device
-        for name, weight in torch.load(teachers / teacher / BEST, weights_only=True, map_location=device).items():
-            mixed[name] = mixed[name] + share * weight
-    model.load_state_dict(mixed)
+    rest = _mixed(soup, teachers)
+    own = 1 - sum(soup.values())
+    model.load_state_dict({name: own * weight.cpu() + rest[name] for name, weight in model.state_dict().items()})
 
 
 def _calibrated(artefact: Path, whole: Path, held_out: Sequence[Row], recipe: Recipe) -> dict[str, Any]:
