@@ -13,7 +13,7 @@ from guardmw.conversation import STAGES
 from guardmw.dialects.policy import POLICY, question
 from guardmw.settings import Part, Score
 from guardmw.taxonomy import Category
-from guardmw.train.llm import Answers, Model, Questions, ask, check
+from guardmw.train.llm import Answers, Journal, Model, Questions, ask, check, client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,6 +47,17 @@ class Relabel(Part):
     least_confidence: Score = 0.7
     overrule: Literal["weak", "all", "never"] = "weak"
     characters: Annotated[int, Field(ge=200)] = 6000
+
+
+def reach(settings: Relabel, folder: Path) -> None:
+    """Fail where no labeller could be asked, before other stages are paid for.
+
+    Raises:
+        GuardmwError: an API key or a library is missing.
+    """
+    for model in filter(None, (settings.labeller, settings.second)):
+        with Journal(folder / "labels.jsonl") as kept:
+            client(model, kept, lambda _: None).close()
 
 
 class Verdict(Part):

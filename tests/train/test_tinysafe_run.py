@@ -250,6 +250,20 @@ def test_a_setting_that_cannot_be_is_named_before_any_work(
     assert said in capsys.readouterr().err
 
 
+def test_a_labeller_without_its_key_is_named_before_the_writer_is_paid(
+    pool: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The writer's key is there, and would be used."""
+    pytest.importorskip("httpx")
+    monkeypatch.delenv("OUR_KEY", raising=False)
+    silent = {"service": "compatible", "model": "writer", "base_url": "http://127.0.0.1:9/v1", "deadline_s": 61}
+    asked = {"service": "openai", "model": "labeller", "key_env": "OUR_KEY"}
+    path = recipe(tmp_path, pool, encoder, synthesise={"writer": silent}, relabel={"labeller": asked})
+    assert train(path, tmp_path / "run") == 2
+    assert "OUR_KEY" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "synthesise").exists()
+
+
 def test_a_folder_of_another_run_is_refused(pool: Path, encoder: Path, tmp_path: Path) -> None:
     """Its checkpoint knows other settings, or other rows."""
     assert train(recipe(tmp_path, pool, encoder, train={"epochs": 1}), tmp_path / "run", "--until", "train") == 0

@@ -16,7 +16,8 @@ from guardmw.evaluate.report import evaluate
 from guardmw.guard import Guard
 from guardmw.train import contrast, split, telling
 from guardmw.train.ingest import by_file, check
-from guardmw.train.stages import SETTINGS, Line, digest, keep_settings, log
+from guardmw.train.relabel import reach
+from guardmw.train.stages import REPORT, SETTINGS, Line, digest, keep_settings, log, made_of
 from guardmw.train.synthesise import Synthesise, synthesise
 from guardmw.train.tinysafe import STAGES, data, export
 from guardmw.train.tinysafe import card as model_card
@@ -147,6 +148,8 @@ def _rows(recipe: Recipe, out: Path, until: str, say: Say) -> list[Row]:
     if until == "ingest":
         return line.rows
     before = line.rows
+    if recipe.relabel and until not in ("synthesise", "reread") and not made_of(out / "relabel" / REPORT):
+        reach(recipe.relabel, out / "relabel")
     line.stage(
         "synthesise", recipe.synthesise, lambda folder: _synthesised(recipe.synthesise, before, written, folder, say)
     )
