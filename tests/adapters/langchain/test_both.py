@@ -23,10 +23,11 @@ from langchain_core.messages import (
 )
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.tools import tool
-from langchain_guardmw import REFUSAL, GuardMiddleware, ToolGuardMiddleware, history, tool_middleware
+from langchain_guardmw import REFUSAL, GuardMiddleware, ToolGuardMiddleware, history, parts, tool_middleware
 from langchain_guardmw.calls import Calls
 from langchain_guardmw.tools import CALL_WITHHELD
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command
 from langsmith import tracing_context
 
@@ -241,6 +242,31 @@ def aevents_v3(agent: Any, given: Any) -> list[Any]:
     return asyncio.run(consume())
 
 
+def subgraph(agent: Any, given: Any) -> list[Any]:
+    """See all that streaming shows where it is a node of another graph."""
+    modes: Any = ["messages", "updates", "values"]
+    return list(within_graph(agent).stream(given, CONFIG, stream_mode=modes, subgraphs=True))
+
+
+def asubgraph(agent: Any, given: Any) -> list[Any]:
+    """The same on an event loop."""
+
+    async def consume() -> list[Any]:
+        modes: Any = ["messages", "updates", "values"]
+        graph = within_graph(agent)
+        return [one async for one in graph.astream(given, CONFIG, stream_mode=modes, subgraphs=True)]
+
+    return asyncio.run(consume())
+
+
+def within_graph(agent: Any) -> Any:
+    """A graph with an agent for its only node, which keeps the conversation in its own thread."""
+    graph = StateGraph(MessagesState)
+    graph.add_node("agent", agent)
+    graph.add_edge(START, "agent")
+    return graph.compile(checkpointer=agent.checkpointer)
+
+
 EVERY_RUN = pytest.mark.parametrize("run", [invoke, ainvoke, stream, astream, events, events_v3, aevents_v3])
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 GIVEN = {"messages": [HumanMessage("Note it.")]}
@@ -386,6 +412,23 @@ def test_in_the_other_order_nothing_leaks_either(run: Run, form: str, on_block: 
     )
 
 
+@pytest.mark.parametrize("run", [subgraph, asubgraph])
+@EVERY_FORM
+def test_as_a_node_of_another_graph_nothing_leaks_either(run: Run, form: str) -> None:
+    """Neither a call nor an answer, and the blocked call is answered there too."""
+    notes = Notes()
+    model = Fake(texts=["one", "EVIL"], form=form)
+    agent = agent_of(notes, model, ToolGuardMiddleware(Witness()), GuardMiddleware(Witness(), on_block="end"))
+    shown = run(agent, GIVEN)
+    assert notes.noted == ["one"]
+    assert SAFE[:9] in repr(shown)
+    assert "EVIL" not in repr(shown)
+    evil = agent_of(notes, Fake(texts=[], text="The EVIL part. "), GuardMiddleware(Witness(), on_block="end"))
+    shown = run(evil, GIVEN)
+    assert "EVIL" not in repr((shown, evil.checkpointer.blobs, evil.checkpointer.writes))
+    assert REFUSAL.partition("'t ")[2] in repr(shown)
+
+
 @EVERY_RUN
 def test_what_a_model_says_beside_its_calls_is_still_judged(run: Run) -> None:
     """The run ends with a refusal, and none of the calls is made."""
@@ -436,7 +479,7 @@ class Counted:
 def test_a_turn_costs_no_more_the_longer_the_conversation_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a loop of fifty messages: as many trials, characters on trial and hashed, and messages read, in every turn."""
     reads, spent = list[object](), list[tuple[int, ...]]()
-    spoken = history.spoken
+    spoken = parts.spoken
 
     class Reader(Witness):
         trials, characters = 0, 0
