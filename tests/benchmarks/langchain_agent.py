@@ -97,7 +97,7 @@ class Answering(BaseChatModel):
         return self._generate(messages)
 
     def _stream(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
-        yield ChatGenerationChunk(message=AIMessageChunk("Mix flour and water."))
+        yield ChatGenerationChunk(message=AIMessageChunk(content="Mix flour and water."))
 
 
 @tool

@@ -412,6 +412,16 @@ def test_in_the_other_order_nothing_leaks_either(run: Run, form: str, on_block: 
     )
 
 
+@pytest.mark.parametrize("run", [invoke, ainvoke])
+def test_in_the_other_order_a_call_under_review_ends_the_run(run: Run) -> None:
+    """As it does where nobody guards the tools."""
+    notes, judge = Notes(), Guard(Witness(), policy=REVIEWED)
+    agent = agent_of(notes, Fake(texts=["DOUBT"]), GuardMiddleware(judge, on_block="end"), ToolGuardMiddleware(judge))
+    run(agent, GIVEN)
+    assert (notes.noted, messages(agent)[-1].text) == ([], REFUSAL)
+    assert not agent.get_state(CONFIG).interrupts
+
+
 @pytest.mark.parametrize("run", [subgraph, asubgraph])
 @EVERY_FORM
 def test_as_a_node_of_another_graph_nothing_leaks_either(run: Run, form: str) -> None:
