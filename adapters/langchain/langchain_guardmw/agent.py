@@ -15,6 +15,7 @@ from langgraph.types import interrupt
 from langchain_guardmw.asking import Asking, OnBlock, instead, unpacked
 from langchain_guardmw.gate import Gate, as_guard
 from langchain_guardmw.history import History
+from langchain_guardmw.hooks import signed, unhooked
 from langchain_guardmw.outcome import refusal
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
         """What the agent knows it by."""
         return self._name
 
+    @signed
     def wrap_model_call(self, request: Request, handler: Callable[[Request], Response]) -> Response | Extended:
         """Judge, ask the guarded model, and judge what did not come from it."""
         guard = self._gate.ready()
@@ -123,6 +125,7 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
             asking.screened(response, at, guard.screen_many(self._gate.asked(answer, asking.context())))
         return asking.answered(response)
 
+    @unhooked
     async def awrap_model_call(
         self, request: Request, handler: Callable[[Request], Awaitable[Response]]
     ) -> Response | Extended:

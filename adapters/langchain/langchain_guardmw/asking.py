@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from langchain.agents.middleware import ModelResponse
@@ -15,7 +16,7 @@ from langgraph.types import Command
 from guardmw import Blocked
 from langchain_guardmw.calls import TOOL_GUARD, Calls
 from langchain_guardmw.gate import Around, Gate
-from langchain_guardmw.model import GuardedModel
+from langchain_guardmw.model import stand_in
 from langchain_guardmw.outcome import log, refusal, strictest
 from langchain_guardmw.parts import is_name, within
 
@@ -59,12 +60,12 @@ class Told(Around):
         """What is to be judged of an answer, which the history reads anyway."""
         if not isinstance(answer, ChatResult):
             return super().spoken(answer, before)
-        judged = self.gate.calls is not None and self.gate.calls.judged
+        judged = self.calls is not None and self.calls.judged
         return [
-            within(before, part.conversation)
+            within(before, conversation)
             for generation in answer.generations
-            for part in self.history.read(generation.message).parts
-            if not (judged and part.turn.tool_calls)
+            for conversation in self.history.read(generation.message).conversations
+            if not (judged and conversation.last.tool_calls)
         ]
 
     def told(self, result: T) -> T:
@@ -76,19 +77,19 @@ class Told(Around):
 
     def answer(self, run: Callable[[], Any]) -> Any:  # noqa: ANN401 - the model's
         """What the model answers, its calls judged if others guard the tools."""
-        return self.gate.calls.run(run) if self.gate.calls else run()
+        return self.calls.run(run) if self.calls else run()
 
     async def aanswer(self, run: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401 - the model's
         """``answer``, without blocking the event loop."""
-        return await (self.gate.calls.arun(run) if self.gate.calls else run())
+        return await (self.calls.arun(run) if self.calls else run())
 
     def chunks(self, run: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """``answer``, as it comes."""
-        return self.gate.calls.chunks(run) if self.gate.calls else run()
+        return self.calls.chunks(run) if self.calls else run()
 
     def achunks(self, run: Callable[[], AsyncIterator[Any]]) -> AsyncIterator[Any]:
         """``chunks``, without blocking the event loop."""
-        return self.gate.calls.achunks(run) if self.gate.calls else run()
+        return self.calls.achunks(run) if self.calls else run()
 
     def call(self, value: object, run: Callable[[], T], *, empty: T, context: Context | None = None) -> T:  # noqa: D102
         return super().call(value, lambda: self.answer(run), empty=empty, context=context)
@@ -162,10 +163,10 @@ class Asking:
             request.messages, state.get("guardmw_approved", ()), calls_reviewed=calls is not None
         )
         # By itself, or a prompt that tells the time would have all that follows judged anew.
-        self._prompt = history.trial([request.system_message] if request.system_message else [])
-        self.asked = [*self._prompt.asked, *self._trial.asked]
+        self._prompt = history.trial([request.system_message]) if request.system_message else None
+        self.asked = [*self._prompt.asked, *self._trial.asked] if self._prompt else self._trial.asked
         self._instead: dict[int, BaseMessage] = {}
-        self._around = (Reviewed if on_block == "review" else Told)(replace(gate, calls=calls), "off", history=history)
+        self._around = (Reviewed if on_block == "review" else Told)(gate, "off", calls=calls, history=history)
 
     def take(self, verdicts: list[Verdict]) -> None:
         """The verdicts on what was asked.
@@ -173,16 +174,19 @@ class Asking:
         Raises:
             Blocked: the model is not to be asked, and the middleware is to raise.
         """
-        count = len(self._prompt.asked)
-        self._prompt.take(verdicts[:count])
-        self._trial.take(verdicts[count:])
+        of_prompt = {}
+        if self._prompt:
+            count = len(self._prompt.asked)
+            self._prompt.take(verdicts[:count])
+            verdicts, of_prompt = verdicts[count:], self._prompt.withheld
+        self._trial.take(verdicts)
         withheld = self._trial.withheld
-        if not withheld and not self._prompt.withheld:
+        if not withheld and not of_prompt:
             return
         begin = len(self._request.messages) if self._on_block == "replace" else self._trial.begin()
         failed = self._trial.failed
         decisive = [verdict for at, verdict in withheld.items() if at >= begin or failed(verdict)]
-        decisive += self._prompt.withheld.values()
+        decisive += of_prompt.values()
         messages = self._request.messages
         self._instead = {at: instead(messages[at]) for at, verdict in withheld.items() if not failed(verdict)}
         verdict = strictest(decisive)
@@ -196,11 +200,14 @@ class Asking:
 
     def request(self) -> Request:
         """What the model is asked, and by whom."""
-        model = GuardedModel(inner=self._request.model, around=self._around)
-        if not self._instead:
-            return self._request.override(model=model)
-        messages = [self._instead.get(at, message) for at, message in enumerate(self._request.messages)]
-        return self._request.override(model=model, messages=messages)  # type: ignore[arg-type] # of their own types
+        asked = copy(self._request)
+        # `override` gives the same, and warns of each of nine attributes, which is dear also where nobody hears it.
+        put = object.__setattr__
+        put(asked, "model", stand_in(self._request.model, self._around))
+        if self._instead:
+            messages = self._request.messages
+            put(asked, "messages", [self._instead.get(at, message) for at, message in enumerate(messages)])
+        return asked
 
     def context(self) -> tuple[Turn, ...]:
         """What an answer is judged in the light of."""

@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 OnBlock = Literal["raise", "refuse"]
 Input = Literal["before", "parallel", "off"]
+# Asked for at every turn of an agent, and typing is slow to ask.
+_INPUTS = get_args(Input)
 
 
 def as_guard(g: Guard | Backend | str | None, *, escalate: Backend | str | None = None) -> Guard | None:
@@ -56,7 +58,6 @@ class Gate:
 
     Attributes: as in ``guard()``.
         refusal: what a refusal says.
-        calls: of the answer that goes through, if they may have been judged elsewhere.
 
     Raises:
         ValueError: one of them is none of those that there are.
@@ -68,7 +69,6 @@ class Gate:
     mode: Mode = "hold"
     leak: int = 0
     refusal: str = REFUSAL
-    calls: Calls | None = None
 
     def __post_init__(self) -> None:
         for name, given, known in (
@@ -90,9 +90,18 @@ class Gate:
         guard = await self.aready()
         return self.settled(value, await guard.ascreen_many(self.asked(value, context)))
 
-    def stream(self, chunks: Iterable[T], upstream: Upstream, context: tuple[Turn, ...] = ()) -> Iterator[T]:
-        """Judge what streams; a block closes ``upstream``, where the chunks come from."""
-        guard, held = self.ready(), self._held(context)
+    def stream(
+        self,
+        chunks: Iterable[T],
+        upstream: Upstream,
+        context: tuple[Turn, ...] = (),
+        calls: Calls | None = None,
+    ) -> Iterator[T]:
+        """Judge what streams; a block closes ``upstream``, where the chunks come from.
+
+        Its tool calls are left out if they have been judged elsewhere, as ``calls`` may know.
+        """
+        guard, held = self.ready(), self._held(context, calls)
         for chunk in chunks:
             if asked := held.feed(chunk):
                 held.take(guard.screen_many(asked))
@@ -107,10 +116,14 @@ class Gate:
             yield self.withheld(held.last, held.verdict, started=held.started)
 
     async def astream(
-        self, chunks: AsyncIterator[T], upstream: Ahead | AsyncUpstream, context: tuple[Turn, ...] = ()
+        self,
+        chunks: AsyncIterator[T],
+        upstream: Ahead | AsyncUpstream,
+        context: tuple[Turn, ...] = (),
+        calls: Calls | None = None,
     ) -> AsyncGenerator[T, None]:
         """``stream``, without blocking the event loop."""
-        guard, held = await self.aready(), self._held(context)
+        guard, held = await self.aready(), self._held(context, calls)
         async for chunk in chunks:
             if asked := held.feed(chunk):
                 held.take(await guard.ascreen_many(asked))
@@ -128,12 +141,7 @@ class Gate:
 
     def asked(self, value: object, context: tuple[Turn, ...] = ()) -> list[Conversation]:
         """What is to be judged in a value."""
-        judged = self.calls is not None and self.calls.judged
-        return [
-            within(context, part.conversation)
-            for part in parts(value, self.stage)
-            if not (judged and part.turn.tool_calls)
-        ]
+        return [within(context, part.conversation) for part in parts(value, self.stage)]
 
     def settled(self, value: T, verdicts: Sequence[Verdict]) -> T:
         """The value, if these verdicts on it let it pass."""
@@ -156,8 +164,8 @@ class Gate:
             return self.ready()
         return await asyncio.to_thread(_embedded)
 
-    def _held(self, context: tuple[Turn, ...]) -> Held:
-        return Held(self.mode, stage=self.stage, leak=self.leak, context=context, calls=self.calls)
+    def _held(self, context: tuple[Turn, ...], calls: Calls | None) -> Held:
+        return Held(self.mode, stage=self.stage, leak=self.leak, context=context, calls=calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +178,17 @@ class Around:
         gate: judges what comes out.
         input: when what goes in is judged. "parallel": nothing comes out before its verdict; a block cancels the call.
         output: whether what comes out is judged.
+        calls: in what comes out, if they may have been judged elsewhere.
     """
 
     gate: Gate
     input: Input = "before"
     output: bool = True
+    calls: Calls | None = None
 
     def __post_init__(self) -> None:
-        if self.input not in get_args(Input):
-            raise ValueError(f"input is one of {', '.join(map(repr, get_args(Input)))}")
+        if self.input not in _INPUTS:
+            raise ValueError(f"input is one of {', '.join(map(repr, _INPUTS))}")
 
     def call(self, value: object, run: Callable[[], T], *, empty: T, context: Context | None = None) -> T:
         """What ``run`` returns, once judged; a refusal is made of ``empty`` where it returned nothing."""
@@ -212,7 +222,7 @@ class Around:
         try:
             first = self._begin(asked, lambda: list(islice(upstream, 1)))
             chunks: Iterable[T] = chain(first, upstream)
-            for last in self.gate.stream(chunks, upstream, before) if self.output else chunks:
+            for last in self.gate.stream(chunks, upstream, before, self.calls) if self.output else chunks:
                 yield last
         except Blocked as blocked:
             refused = blocked
@@ -232,7 +242,7 @@ class Around:
                 upstream = Ahead(run(), context=context)
             await self._aadmit(asked)
             upstream = upstream or Ahead(run(), context=context)
-            released = self.gate.astream(upstream, upstream, before) if self.output else upstream
+            released = self.gate.astream(upstream, upstream, before, self.calls) if self.output else upstream
             # Closed by nobody: the event loop, when it ends, closes all generators at once, each of them once.
             async for last in released:
                 yield last

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import marshal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
 from langchain_guardmw.calls import BLOCKED_CALLS
 from langchain_guardmw.outcome import strictest
-from langchain_guardmw.parts import CONTEXT_TURNS, spoken, within
+from langchain_guardmw.parts import CONTEXT_TURNS, is_plain, spoken, within
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -30,21 +30,24 @@ Key = tuple[bytes, ...]
 
 # All of a message that is judged.
 _JUDGED = ("additional_kwargs", "artifact", "content", "invalid_tool_calls", "tool_call_chunks", "tool_calls")
+# What nobody judges, and a model puts on its answer when that has been judged.
+_BESIDE = {"id": None, "usage_metadata": None}
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """What a message says.
 
     Attributes:
         of: the message, while it lives.
         fields: what it was then; None where nobody could tell whether it has been changed in place.
+        conversations: its parts on trial, one for each, as if nothing came before it.
     """
 
     of: ref[BaseMessage]
     fields: dict[str, Any] | None
     digest: bytes
     parts: tuple[Part, ...]
+    conversations: tuple[Conversation, ...]
     turn: Turn
 
     def holds(self, message: BaseMessage) -> bool:
@@ -52,9 +55,15 @@ class Read:
         if self.fields is None or self.of() is not message or message.__pydantic_extra__:
             return False
         try:
-            return self.fields == message.__dict__
+            return self.fields == _fields(message)
         except Exception:  # noqa: BLE001 - of anybody's values
             return False
+
+    @property
+    def nameless(self) -> bytes:
+        """Its digest, whoever is said to have spoken."""
+        named = any(part.turn.name for part in self.parts)
+        return _digest(self.conversations, named=False) if named else self.digest
 
 
 class Reads:
@@ -70,10 +79,11 @@ class Reads:
         if known is not None and known.holds(message):
             return known
         # Before it is read: what changes meanwhile has it read again.
-        fields = _fields(message)
+        fields = _kept(message)
         found, turn = spoken(message)
         parts = _left(found, message)
-        read = Read(ref(message, lambda _: self._forget(at)), fields, _digest(parts), parts, turn)
+        trials = tuple(part.conversation for part in parts)
+        read = Read(ref(message, lambda _: self._forget(at)), fields, _digest(trials), parts, trials, turn)
         self._reads[at] = read
         return read
 
@@ -111,7 +121,7 @@ class History(Reads):
         """Note that this very message was judged on its way out of a model."""
         read = self.read(message)
         # An agent with a name puts it on what its model says.
-        self._passed[id(message)] = (read, _digest(read.parts, named=False))
+        self._passed[id(message)] = (read, read.nameless)
 
     def was_let_out(self, message: BaseMessage) -> bool:
         """Whether it was, and has not been changed since."""
@@ -120,7 +130,7 @@ class History(Reads):
             return False
         read = self.read(message)
         # Not by their turns, whose arguments are the message's own, changed or not.
-        return read is passed or _digest(read.parts, named=False) == digest
+        return read is passed or read.nameless == digest
 
     def verdict(self, key: Key) -> Verdict | EllipsisType | None:
         """The verdict that withholds it; None where it passed, and ``...`` where it has not been judged."""
@@ -207,7 +217,7 @@ class Trial:
 
     def _ask(self, at: int) -> None:
         context = self.context(at)
-        found = [within(context, part.conversation) for part in self._reads[at].parts]
+        found = [within(context, conversation) for conversation in self._reads[at].conversations]
         self._open.append((at, len(found)))
         self.asked += found
 
@@ -239,9 +249,19 @@ def _unblocked(parts: Sequence[Part], blocked: Collection[str]) -> Iterator[Part
             yield replace(part, turn=replace(part.turn, tool_calls=left))
 
 
-def _fields(message: BaseMessage) -> dict[str, Any] | None:
-    """All that a message is, to tell by later whether it was changed in place; None where nobody could."""
-    fields = dict(message.__dict__)
+def _fields(message: BaseMessage) -> dict[str, Any]:
+    """All of a message that says anything."""
+    fields = message.__dict__
+    if is_plain(message):
+        return {"content": fields["content"], "name": fields["name"], "role": fields.get("role")}
+    return {**fields, **_BESIDE, "response_metadata": message.response_metadata.get(BLOCKED_CALLS)}
+
+
+def _kept(message: BaseMessage) -> dict[str, Any] | None:
+    """The same, to tell by later whether it was changed in place; None where nobody could."""
+    fields = _fields(message)
+    if is_plain(message):
+        return fields
     try:
         # It takes plain values only, and copies them.
         plain = marshal.dumps({name: fields[name] for name in _JUDGED if name in fields}, 2)
@@ -251,10 +271,10 @@ def _fields(message: BaseMessage) -> dict[str, Any] | None:
     return None if message.__pydantic_extra__ else fields
 
 
-def _digest(parts: Sequence[Part], *, named: bool = True) -> bytes:
+def _digest(conversations: Sequence[Conversation], *, named: bool = True) -> bytes:
     digest = blake2b(digest_size=16)
-    for part in parts:
-        for turn in part.conversation.turns:
+    for conversation in conversations:
+        for turn in conversation.turns:
             # The lengths tell where a text ends; half of a surrogate pair is text too.
             calls = [str(call) for call in turn.tool_calls]
             head = repr((turn.role, turn.name if named else "", turn.media, calls, len(turn.text)))

@@ -18,6 +18,7 @@ from guardmw import Conversation, Turn
 from langchain_guardmw.calls import BLOCKED_CALLS, TOOL_GUARD, Asked, ToolGuard
 from langchain_guardmw.gate import Gate, as_guard
 from langchain_guardmw.history import Reads
+from langchain_guardmw.hooks import signed, unhooked
 from langchain_guardmw.outcome import refusal, strictest
 from langchain_guardmw.parts import CONTEXT_TURNS, parts, turn_of, within
 from langchain_guardmw.tools import RESULT_WITHHELD, call_of, is_control_flow, refused, results, told
@@ -73,6 +74,7 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         self._reads = Reads()
         self._desk = _Desk()
 
+    @signed
     def wrap_tool_call(self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Result]) -> Result:  # noqa: D102
         guard = self._gate.ready()
         route = self._route(guard, request)
@@ -91,6 +93,7 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         except StopIteration as stop:
             return cast("Result", stop.value)
 
+    @unhooked
     async def awrap_tool_call(  # noqa: D102
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[Result]]
     ) -> Result:
@@ -111,6 +114,7 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         except StopIteration as stop:
             return cast("Result", stop.value)
 
+    @signed
     def wrap_model_call(  # noqa: D102
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any]:
@@ -124,6 +128,7 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         asked = _structured(request, response)
         return self._settled(request, response, self._gate.ready().screen_many(asked))
 
+    @unhooked
     async def awrap_model_call(  # noqa: D102
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any]:

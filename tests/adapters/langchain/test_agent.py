@@ -13,7 +13,15 @@ from langchain.agents.middleware import AgentMiddleware, ModelFallbackMiddleware
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.tools import tool
 from langchain_guardmw import REFUSAL, GuardMiddleware, history
@@ -446,6 +454,37 @@ def test_a_withheld_question_is_not_sent_again_in_the_next_turn(run: Run, on_blo
 
 
 @BOTH
+def test_where_a_question_rests_that_was_withheld(run: Run) -> None:
+    """LangGraph writes what goes in before any node runs, and nothing of a node that raises; its caller can."""
+
+    def after(on_block: Any) -> Any:
+        agent = agent_of(Fake.saying(SAFE, SAFE), GuardMiddleware(Witness(), on_block=on_block))
+        run(agent, said("Hello."), lambda _: None)
+        outcome(run, agent, said("An EVIL question"))
+        return agent
+
+    raising = after("raise")
+    assert texts(raising)[2:] == ["An EVIL question"]
+    question = raising.get_state(THREAD).values["messages"][-1]
+    raising.update_state(THREAD, {"messages": [RemoveMessage(id=question.id)]})
+    assert "EVIL" not in "".join(texts(raising))
+    run(raising, said("And bread?"), lambda _: None)
+    assert texts(raising)[2:] == ["And bread?", f"{SAFE} "]
+    ending = after("end")
+    assert texts(ending)[2:] == [WITHHELD, REFUSAL]
+    assert "EVIL" in checkpointed(ending)
+
+
+@pytest.mark.parametrize("on_block", ["raise", "end", "replace"])
+def test_a_thread_that_is_written_at_its_end_keeps_nothing_withheld(on_block: Any) -> None:
+    """Only where a run raises is there no end but what went in."""
+    agent = agent_of(Fake.saying(SAFE), GuardMiddleware(Witness(), on_block=on_block))
+    with pytest.raises(Blocked) if on_block == "raise" else _nothing():
+        agent.invoke(said("An EVIL question"), THREAD, durability="exit")
+    assert ("EVIL" in checkpointed(agent)) == (on_block == "raise")
+
+
+@BOTH
 @pytest.mark.parametrize("on_block", ["raise", "end", "replace"])
 def test_a_poisoned_tool_result_does_not_reach_the_model(run: Run, on_block: Any) -> None:
     """Nor a system or memory message."""
@@ -623,6 +662,19 @@ def test_a_model_that_another_middleware_puts_in_is_judged_all_the_same(run: Run
         assert "EVIL" not in checkpointed(agent)
         if text == SAFE:
             assert texts(agent)[-1] == f"{SAFE} "
+
+
+@BOTH
+@pytest.mark.parametrize("on_block", ["raise", "end"])
+def test_a_fallback_asks_another_model_where_a_block_is_raised(run: Run, on_block: Any) -> None:
+    """As for any error; a refusal is an answer."""
+    another = Fake.saying(SAFE)
+    agent = agent_of(
+        Fake.saying(UNSAFE), ModelFallbackMiddleware(another), GuardMiddleware(Witness(), on_block=on_block)
+    )
+    assert outcome(run, agent, said("Hello.")) is None
+    assert texts(agent)[-1] == (f"{SAFE} " if on_block == "raise" else REFUSAL)
+    assert len(another._asked) == (on_block == "raise")
 
 
 @pytest.mark.parametrize("order", ["guard last", "guard first"])
@@ -808,6 +860,27 @@ def test_says_what_is_wrong_with_an_option() -> None:
         GuardMiddleware(Witness(), on_block="refuse")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="stream is one of"):
         GuardMiddleware(Witness(), stream="never")  # type: ignore[arg-type]
+
+
+@BOTH
+def test_a_subclass_may_put_something_around_its_hooks(run: Run) -> None:
+    """And gets the answer by ``super()``, as of any middleware."""
+    seen = []
+
+    class Louder(GuardMiddleware):
+        def wrap_model_call(self, request: Any, handler: Any) -> Any:
+            seen.append("sync")
+            return super().wrap_model_call(request, handler)
+
+        async def awrap_model_call(self, request: Any, handler: Any) -> Any:
+            seen.append("async")
+            return await super().awrap_model_call(request, handler)
+
+    agent = agent_of(Fake.saying(SAFE), Louder(Witness(), on_block="end"))
+    run(agent, said("Hello."), lambda _: None)
+    run(agent, said("An EVIL question"), lambda _: None)
+    assert texts(agent) == ["Hello.", f"{SAFE} ", WITHHELD, REFUSAL]
+    assert seen == ["sync" if run is invoke else "async"] * 2
 
 
 def test_two_in_one_agent_have_two_names() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from hashlib import blake2b
+from inspect import iscoroutinefunction
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,11 +23,13 @@ from langchain_core.messages import (
 )
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.tools import tool
-from langchain_guardmw import GuardMiddleware, ToolGuardMiddleware
+from langchain_guardmw import REFUSAL, GuardMiddleware, ToolGuardMiddleware, history, parts, tool_middleware
 from langchain_guardmw.calls import Calls
 from langchain_guardmw.tools import CALL_WITHHELD
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command
+from langsmith import tracing_context
 
 from guardmw import Conversation, Guard, Policy, Scores
 from guardmw.testing import KeywordBackend
@@ -237,6 +242,31 @@ def aevents_v3(agent: Any, given: Any) -> list[Any]:
     return asyncio.run(consume())
 
 
+def subgraph(agent: Any, given: Any) -> list[Any]:
+    """See all that streaming shows where it is a node of another graph."""
+    modes: Any = ["messages", "updates", "values"]
+    return list(within_graph(agent).stream(given, CONFIG, stream_mode=modes, subgraphs=True))
+
+
+def asubgraph(agent: Any, given: Any) -> list[Any]:
+    """The same on an event loop."""
+
+    async def consume() -> list[Any]:
+        modes: Any = ["messages", "updates", "values"]
+        graph = within_graph(agent)
+        return [one async for one in graph.astream(given, CONFIG, stream_mode=modes, subgraphs=True)]
+
+    return asyncio.run(consume())
+
+
+def within_graph(agent: Any) -> Any:
+    """A graph with an agent for its only node, which keeps the conversation in its own thread."""
+    graph = StateGraph(MessagesState)
+    graph.add_node("agent", agent)
+    graph.add_edge(START, "agent")
+    return graph.compile(checkpointer=agent.checkpointer)
+
+
 EVERY_RUN = pytest.mark.parametrize("run", [invoke, ainvoke, stream, astream, events, events_v3, aevents_v3])
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 GIVEN = {"messages": [HumanMessage("Note it.")]}
@@ -376,9 +406,37 @@ def test_in_the_other_order_nothing_leaks_either(run: Run, form: str, on_block: 
     agent = agent_of(notes, model, GuardMiddleware(Witness(), on_block=on_block), ToolGuardMiddleware(Witness()))
     shown = run(agent, GIVEN)
     assert notes.noted == []
+    assert messages(agent)[-1].text.endswith(REFUSAL)
     assert "EVIL" not in repr(
         (shown, list(agent.checkpointer.list(None)), agent.checkpointer.blobs, agent.checkpointer.writes)
     )
+
+
+@pytest.mark.parametrize("run", [invoke, ainvoke])
+def test_in_the_other_order_a_call_under_review_ends_the_run(run: Run) -> None:
+    """As it does where nobody guards the tools."""
+    notes, judge = Notes(), Guard(Witness(), policy=REVIEWED)
+    agent = agent_of(notes, Fake(texts=["DOUBT"]), GuardMiddleware(judge, on_block="end"), ToolGuardMiddleware(judge))
+    run(agent, GIVEN)
+    assert (notes.noted, messages(agent)[-1].text) == ([], REFUSAL)
+    assert not agent.get_state(CONFIG).interrupts
+
+
+@pytest.mark.parametrize("run", [subgraph, asubgraph])
+@EVERY_FORM
+def test_as_a_node_of_another_graph_nothing_leaks_either(run: Run, form: str) -> None:
+    """Neither a call nor an answer, and the blocked call is answered there too."""
+    notes = Notes()
+    model = Fake(texts=["one", "EVIL"], form=form)
+    agent = agent_of(notes, model, ToolGuardMiddleware(Witness()), GuardMiddleware(Witness(), on_block="end"))
+    shown = run(agent, GIVEN)
+    assert notes.noted == ["one"]
+    assert SAFE[:9] in repr(shown)
+    assert "EVIL" not in repr(shown)
+    evil = agent_of(notes, Fake(texts=[], text="The EVIL part. "), GuardMiddleware(Witness(), on_block="end"))
+    shown = run(evil, GIVEN)
+    assert "EVIL" not in repr((shown, evil.checkpointer.blobs, evil.checkpointer.writes))
+    assert REFUSAL.partition("'t ")[2] in repr(shown)
 
 
 @EVERY_RUN
@@ -391,3 +449,105 @@ def test_what_a_model_says_beside_its_calls_is_still_judged(run: Run) -> None:
     )
     assert notes.noted == []
     assert "EVIL" not in repr(shown)
+
+
+class Looping(Fake):
+    """Notes so many things, one a turn, and reports each time that it is asked."""
+
+    turns: int
+    report: Callable[[], object]
+
+    def _chunks(self, messages: list[BaseMessage]) -> list[AIMessageChunk]:
+        self.report()
+        at = len(messages) // 2
+        if at == self.turns:
+            return [AIMessageChunk(content="It is done.")]
+        piece: Any = {"name": "note", "args": json.dumps({"text": f"item {at:03}"}), "id": f"{at:03}", "index": 0}
+        return [AIMessageChunk(content="Next. "), AIMessageChunk(content="", tool_call_chunks=[piece])]
+
+
+class Counted:
+    """blake2b, which counts what it is given."""
+
+    given = 0
+
+    def __init__(self, data: bytes = b"", **options: Any) -> None:
+        self._digest = blake2b(**options)
+        self.update(data)
+
+    def update(self, data: bytes) -> None:
+        """As blake2b does."""
+        Counted.given += len(data)
+        self._digest.update(data)
+
+    def digest(self) -> bytes:
+        """As blake2b does."""
+        return self._digest.digest()
+
+
+@pytest.mark.parametrize("run", [invoke, ainvoke, stream, astream])
+def test_a_turn_costs_no_more_the_longer_the_conversation_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop of fifty messages: as many trials, characters on trial and hashed, and messages read, in every turn."""
+    reads, spent = list[object](), list[tuple[int, ...]]()
+    spoken = parts.spoken
+
+    class Reader(Witness):
+        trials, characters = 0, 0
+
+        def classify(self, conversations: Sequence[Conversation]) -> list[Scores]:
+            self.trials += len(conversations)
+            self.characters += sum(len(turn.text) for one in conversations for turn in one.turns)
+            return super().classify(conversations)
+
+    def counting(message: BaseMessage) -> Any:
+        reads.append(message)
+        return spoken(message)
+
+    monkeypatch.setattr(Counted, "given", 0)
+    monkeypatch.setattr(history, "blake2b", Counted)
+    monkeypatch.setattr(tool_middleware, "blake2b", Counted)
+    monkeypatch.setattr(history, "spoken", counting)
+    reader = Reader()
+    judge = Guard(reader)
+    model = Looping(
+        texts=[],
+        turns=25,
+        report=lambda: spent.append((reader.trials, reader.characters, Counted.given, len(reads))),
+    )
+    agent = create_agent(model, [Notes().tool], middleware=[ToolGuardMiddleware(judge), GuardMiddleware(judge)])
+    run(agent, GIVEN)
+    turns = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in pairwise(spent)]
+    assert len(turns) == 25
+    # From where all the context is there that a message is judged in.
+    assert set(turns[6:]) == {turns[6]}
+    # The call's result before it is shown, in the history, what is said with the next call, and that call.
+    assert turns[6][0] == 4
+
+
+@pytest.mark.parametrize("traced", [False, True])
+async def test_a_turn_takes_no_thread_where_nothing_is_traced(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LangSmith hops to one four times for each hook that it knows to be async."""
+    hops = 0
+    loop = asyncio.get_running_loop()
+    run = loop.run_in_executor
+
+    def counted(*args: Any) -> Any:
+        nonlocal hops
+        hops += 1
+        return run(*args)
+
+    monkeypatch.setattr(loop, "run_in_executor", counted)
+    judge = Guard(Witness())
+    with tracing_context(enabled=traced):
+        middleware = [ToolGuardMiddleware(judge), GuardMiddleware(judge)]
+        agent: Any = create_agent(Fake(texts=["one"]), [Notes().tool], middleware=middleware)
+    for hook in (one.awrap_model_call for one in middleware):
+        assert not iscoroutinefunction(hook)
+    with tracing_context(enabled=False):
+        bare: Any = create_agent(Fake(texts=["one"]), [Notes().tool])
+        await bare.ainvoke(GIVEN)
+        usual, hops = hops, 0
+        answer = await agent.ainvoke(GIVEN)
+    assert answer["messages"][-1].text == SAFE
+    # Two model calls, each with two hooks around it, and a tool call with one.
+    assert hops == usual + (10 if traced else 0)
