@@ -440,7 +440,8 @@ def test_ten_thousand_at_once_share_a_few_connections(server: Any, fake: Any, ba
     assert server.opened < 100
     assert 0 < most[0] - before < 200 * count
     del verdicts
-    assert objects() - before < 1_000
+    # Those of connections that are kept, however many asked.
+    assert objects() - before < 4_000
 
 
 def objects() -> int:
