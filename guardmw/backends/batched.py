@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from contextlib import suppress
+from functools import partial
 from threading import Event, Lock
 from typing import TYPE_CHECKING
 
@@ -32,8 +34,9 @@ class Batched:
 
     A batch that fails is halved and asked again, until those who were not to blame have their answer; but where the
     backend is unavailable, all of it fails at once. One who is cancelled leaves the others their batch, which is asked
-    in the context (``contextvars``) of whoever was handed the lane. A deadline belongs inside, Batched(Resilient(x)):
-    around it, a call that hangs would keep its lane.
+    in the context (``contextvars``) of whoever was handed the lane; a task that nobody waits for any more is cancelled,
+    so that its lane is free. A thread cannot be: a deadline belongs inside, Batched(Resilient(x)), and around a Batched
+    Resilient refuses to have one.
 
     Args:
         backend: what to ask.
@@ -168,8 +171,13 @@ class Batched:
                 del self._waiting[call]
                 self._room += len(call.conversations)
             dropped = call.leads and not call.led
+            left = [other for other in call.batch if not other.settled]
+            abandoned = bool(left) and all(other.gone for other in left)
         if dropped:
             self._hand_over()
+        if abandoned:
+            with suppress(RuntimeError):  # its event loop was closed
+                call.abandon()
 
     def batch(self, calls: list[_Call]) -> Plan[list[Scores]]:
         """Ask for all of them."""
@@ -197,6 +205,8 @@ class Batched:
         The others know nothing of it, and wait again.
         """
         with self._lock:
+            for call in calls:
+                call.batch, call.abandon = (), _nobody
             left = [call for call in calls[1:] if not (call.settled or call.gone)]
             self._wait_again(left)
             self._room -= sum(len(call.conversations) for call in left)
@@ -218,8 +228,12 @@ class Batched:
                 continue
 
     def task(self, calls: list[_Call]) -> asyncio.Task[list[Scores]]:
-        """``batch`` and ``done`` as a task of its own, which goes on where its leader is cancelled."""
+        """``batch`` and ``done`` as a task of its own, which goes on where its leader is cancelled and others wait."""
         task = asyncio.create_task(arun(self.batch(calls)))
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            for call in calls:
+                call.batch, call.abandon = calls, partial(loop.call_soon_threadsafe, task.cancel)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         # Not within the task, which may be cancelled before it begins.
@@ -235,9 +249,22 @@ class _Call:
         leads, led: it was handed the lane, and has taken a batch.
         settled: it has its scores or its failure.
         gone: nobody waits for it any more.
+        batch, abandon: the calls that a task asks for together with it, and what ends that task.
     """
 
-    __slots__ = ("conversations", "failure", "gone", "leads", "led", "length", "scores", "settled", "wake")
+    __slots__ = (
+        "abandon",
+        "batch",
+        "conversations",
+        "failure",
+        "gone",
+        "leads",
+        "led",
+        "length",
+        "scores",
+        "settled",
+        "wake",
+    )
 
     def __init__(self, conversations: Sequence[Conversation]) -> None:
         self.conversations = conversations
@@ -246,6 +273,8 @@ class _Call:
         self.failure: BackendError | None = None
         self.leads = self.led = self.settled = self.gone = False
         self.wake: Callable[[], object] = _nobody
+        self.batch: Sequence[_Call] = ()
+        self.abandon: Callable[[], object] = _nobody
 
 
 def _nobody() -> None:

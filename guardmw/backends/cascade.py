@@ -13,7 +13,7 @@ from guardmw.errors import BackendError, nearest
 from guardmw.taxonomy import CATEGORIES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from guardmw.conversation import Conversation, Stage
     from guardmw.settings import ScoreName
@@ -34,8 +34,10 @@ class Cascade:
     part; all that go on do so in one batch. What the next tier says of it stands. Where that has no opinion of its own
     (no categories at all, an injection score of exactly 0), the opinion before stands.
 
-    A tier that fails leaves all it was asked to the tier behind it. Where none is left, the scores there are come back
-    with ``Scores.degraded`` set, and the policy's ``on_degraded`` decides; where there are none, the failure is raised.
+    A tier that fails leaves all it was asked to the tier behind it. Where none is left, or none that is known to judge
+    injections as the failed one does, the scores there are come back with ``Scores.degraded`` set, and the policy's
+    ``on_degraded`` decides; where there are none, the failure is raised. A tier is known to judge injections by its
+    advice on them, or by a score of them that it has given.
 
     Args:
         first: the cheapest.
@@ -69,6 +71,7 @@ class Cascade:
         # The last tier's advice; of injections, that of the last one that knows them.
         advice = [getattr(tier, "thresholds", {}) for tier in self.tiers]
         attacks = [given["injection"] for given in advice if "injection" in given]
+        self._judges = {at for at, given in enumerate(advice) if "injection" in given}
         self.thresholds: Mapping[str, float] = {**({"injection": attacks[-1]} if attacks else {}), **advice[-1]}
         if unknown := set(stages or ()).difference(STAGES):
             raise BackendError(f"unknown stage {min(unknown)!r}: {nearest(min(unknown), STAGES)}")
@@ -97,29 +100,70 @@ class Cascade:
         return bool(scores.degraded) or read_in_part(scores) or self._doubt[conversation.stage].of_scores(scores)
 
     def _plan(self, conversations: Sequence[Conversation]) -> Plan[list[Scores]]:
-        found: dict[int, Scores] = {}
-        open_ = list(range(len(conversations)))
-        failure: BackendError | None = None
-        for tier in self.tiers:
-            if not open_:
+        course = _Course(len(conversations))
+        for at, tier in enumerate(self.tiers):
+            if not course.open:
                 break
             try:
-                given = yield Ask(tier, [conversations[i] for i in open_])
+                given = yield Ask(tier, [conversations[i] for i in course.open])
             except BackendError as error:
-                failure = error
+                course.fail(error, judged=at in self._judges)
                 continue
-            failure = None
-            for i, scores in zip(open_, given, strict=True):
-                found[i] = upon(found[i], scores) if i in found else scores
+            if any(scores.injection for scores in given):
+                self._judges.add(at)
+            course.tell(given, judged=at in self._judges)
             # Of the last tier nobody asks whether it is in doubt.
             if tier is not self.tiers[-1]:
-                open_ = [i for i in open_ if self.doubtful(conversations[i], found[i])]
-        if failure:
-            if not found:
-                raise failure
-            reason = str(failure) or type(failure).__name__
-            found |= {i: replace(found[i], degraded=reason) for i in open_}
-        return [found[i] for i in range(len(conversations))]
+                course.close(lambda i: not self.doubtful(conversations[i], course.found[i]))
+        return course.end()
+
+
+class _Course:
+    """How far the tiers have come with a batch.
+
+    Attributes:
+        open: which conversations go on to the next tier.
+        found: what has been said of each.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.open = list(range(count))
+        self.found: dict[int, Scores] = {}
+        self._count = count
+        self._failure: BackendError | None = None
+        # Those whose attacks nobody has judged because a tier that does so failed, and how it did.
+        self._unjudged: dict[int, BackendError] = {}
+
+    def tell(self, given: Sequence[Scores], *, judged: bool) -> None:
+        """What a tier says of the open ones; injections too, if ``judged``."""
+        self._failure = None
+        for i, scores in zip(self.open, given, strict=True):
+            self.found[i] = upon(self.found[i], scores) if i in self.found else scores
+        if judged:
+            self._unjudged.clear()
+
+    def fail(self, failure: BackendError, *, judged: bool) -> None:
+        """A tier said nothing, and would have said it of injections too, if ``judged``."""
+        self._failure = failure
+        if judged:
+            self._unjudged |= {i: failure for i in self.open if i not in self.found or not self.found[i].injection}
+
+    def close(self, sure: Callable[[int], bool]) -> None:
+        """Let those go on that are not sure, or not judged."""
+        self.open = [i for i in self.open if i in self._unjudged or not sure(i)]
+
+    def end(self) -> list[Scores]:
+        """One for each; or the failure, where nothing was said."""
+        if self._failure:
+            if not self.found:
+                raise self._failure
+            for i in self.open:
+                self.found[i] = replace(self.found[i], degraded=_told(self._failure))
+        else:
+            for i, failure in self._unjudged.items():
+                why = self.found[i].degraded or f"injections were not judged: {_told(failure)}"
+                self.found[i] = replace(self.found[i], degraded=why)
+        return [self.found[i] for i in range(self._count)]
 
 
 class _Doubt(NamedTuple):
@@ -142,6 +186,10 @@ class _Doubt(NamedTuple):
         if scores.unsafe >= self.unsafe[0] or 0 < scores.injection >= self.injection[0]:
             return True
         return any(low <= scores.categories.get(name, -1.0) <= high for name, low, high in self.categories)
+
+
+def _told(failure: BackendError) -> str:
+    return str(failure) or type(failure).__name__
 
 
 def read_in_part(scores: Scores) -> bool:

@@ -11,11 +11,13 @@ from dataclasses import asdict
 from hashlib import sha256
 from threading import Lock
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pydantic import NonNegativeInt, ValidationError
 
 from guardmw.backends._plan import Ask, Plan, arun, blocks_a_loop, run
-from guardmw.conversation import loads
 from guardmw.errors import BackendError
+from guardmw.settings import Part, Score
 from guardmw.verdict import Coverage, Scores
 
 if TYPE_CHECKING:
@@ -34,7 +36,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Store(Protocol):
-    """Where scores are kept for other processes: bytes by key, for a while. Any error counts as not having them."""
+    """Where scores are kept for other processes: bytes by key, for a while.
+
+    Any error counts as not having them, and so does a value that is no full reading; either is told in the log.
+    """
 
     def fetch(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
         """What is kept under each key."""
@@ -212,10 +217,14 @@ class Remembered:
             return {}
         errand = _Fetching(self._store, [self._stored_as(key) for key in keys])
         yield from self._run_errand(errand)
-        return {key: scores for key, value in zip(keys, errand.values, strict=False) if (scores := _read(value))}
+        kept = {key: value for key, value in zip(keys, errand.values, strict=False) if value is not None}
+        read: dict[Key, Scores] = {key: scores for key, value in kept.items() if (scores := _read(value))}
+        if len(read) < len(kept):
+            _logger.warning("%d of %d kept verdicts are none, and asked for again", len(kept) - len(read), len(kept))
+        return read
 
     def _kept_there(self, scores: Mapping[Key, Scores]) -> Plan[None]:
-        values = {self._stored_as(key): _written(given) for key, given in scores.items() if isinstance(key, bytes)}
+        values = {self._stored_as(key): given for key, given in scores.items() if isinstance(key, bytes)}
         if self._store and values and monotonic() >= self._store_rests:
             yield from self._run_errand(_Keeping(self._store, values, self._ttl))
 
@@ -260,7 +269,10 @@ class _Fetching:
         self._keys = keys
 
     def classify(self, _: Sequence[Conversation]) -> list[Scores]:
-        self.values = self._store.fetch(self._keys)
+        values = list(self._store.fetch(self._keys))
+        if len(values) != len(self._keys):
+            raise BackendError(f"{self.name}: {len(values)} values for {len(self._keys)} keys")
+        self.values = values
         return []
 
     async def aclassify(self, conversations: Sequence[Conversation]) -> list[Scores]:
@@ -272,13 +284,13 @@ class _Keeping:
 
     name = "store"
 
-    def __init__(self, store: Store, values: Mapping[bytes, bytes], seconds: float) -> None:
+    def __init__(self, store: Store, scores: Mapping[bytes, Scores], seconds: float) -> None:
         self._store = store
-        self._values = values
+        self._scores = scores
         self._seconds = seconds
 
     def classify(self, _: Sequence[Conversation]) -> list[Scores]:
-        self._store.keep(self._values, self._seconds)
+        self._store.keep({key: _written(given) for key, given in self._scores.items()}, self._seconds)
         return []
 
     async def aclassify(self, conversations: Sequence[Conversation]) -> list[Scores]:
@@ -308,15 +320,34 @@ def _written(scores: Scores) -> bytes:
     return json.dumps(asdict(scores)).encode()
 
 
-def _read(value: bytes | None) -> Scores | None:
+def _read(value: object) -> Scores | None:
     """Scores that were written; None for anything else."""
-    if value is None:
-        return None
     try:
-        fields = loads(value.decode())
-        covered = fields.pop("coverage")
-        coverage = covered and Coverage(**covered | {"media": tuple(covered["media"])})
-        scores = Scores(**fields, coverage=coverage)
-    except (ValueError, TypeError, KeyError, AttributeError):
+        # Strictly by type: "false" would pass for a score of 0, and that for a safe text.
+        kept = _Kept.model_validate_json(value, strict=True) if isinstance(value, bytes) else None
+    except ValidationError:
         return None
+    if kept is None:
+        return None
+    covered = Coverage(**dict(kept.coverage)) if kept.coverage else None
+    scores = Scores(kept.unsafe, kept.categories, kept.injection, kept.backend, covered)
     return scores if _is_full(scores) else None
+
+
+class _KeptCoverage(Part):
+    characters: NonNegativeInt
+    judged: NonNegativeInt
+    windows: NonNegativeInt
+    unreadable: NonNegativeInt
+    media: tuple[str, ...]
+
+
+class _Kept(Part):
+    """Scores in a store; nothing degraded is kept."""
+
+    unsafe: Score
+    categories: dict[str, Score]
+    injection: Score
+    backend: str
+    coverage: _KeptCoverage | None
+    degraded: Literal[""]

@@ -12,6 +12,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Literal
 
 from guardmw.backends._plan import Ask, Plan, arun, run
+from guardmw.backends.batched import Batched
 from guardmw.errors import BackendError, BackendUnavailable
 
 if TYPE_CHECKING:
@@ -40,13 +41,14 @@ class Resilient:
     Args:
         backend: what to hold.
         deadline: seconds for one call, its repetitions included; None leaves that to the backend. Without an event
-            loop it takes a thread for each call, and one that overruns stays behind until the backend lets it go.
+            loop it takes a thread for each call, and one that overruns stays behind until the backend lets it go; so
+            that it does not keep a lane of a Batched, that goes around: Batched(Resilient(x)).
         attempts: how often it is asked at most.
         failures: in a row, after which the breaker opens.
         cooldown: seconds from one trial to the next.
 
     Raises:
-        BackendError: one of them makes no sense.
+        BackendError: one of them makes no sense, or there is a deadline around a Batched.
     """
 
     def __init__(
@@ -60,6 +62,11 @@ class Resilient:
     ) -> None:
         if (deadline is not None and deadline <= 0) or attempts < 1 or failures < 1 or cooldown <= 0:
             raise BackendError("deadline and cooldown are seconds above 0, attempts and failures at least 1")
+        if deadline is not None and _has_lanes(backend):
+            raise BackendError(
+                "a call that overruns its deadline here would keep its lane of the Batched within: put the deadline "
+                "inside, Batched(Resilient(x, deadline=...)), or none around it, Resilient(Batched(x), deadline=None)"
+            )
         self.name = backend.name
         self.thresholds: Mapping[str, float] = getattr(backend, "thresholds", {})
         self._backend = backend
@@ -231,6 +238,13 @@ class _Pause:
     async def aclassify(self, _: Sequence[Conversation]) -> list[Scores]:
         await asyncio.sleep(self._seconds)
         return []
+
+
+def _has_lanes(backend: object) -> bool:
+    """Whether there is a Batched in it, however deep within guardmw's own."""
+    if isinstance(backend, Batched) or not type(backend).__module__.startswith("guardmw."):
+        return isinstance(backend, Batched)
+    return any(map(_has_lanes, (getattr(backend, "_backend", None), *getattr(backend, "tiers", ()))))
 
 
 def _late(name: str, seconds: float) -> BackendUnavailable:

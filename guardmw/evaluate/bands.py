@@ -15,11 +15,14 @@ from guardmw.conversation import STAGES
 from guardmw.errors import DataError
 from guardmw.evaluate import metrics
 from guardmw.evaluate.calibrate import halves
+from guardmw.evaluate.families import families, sides
 from guardmw.policy import Policy
 from guardmw.verdict import SEVERITY, Coverage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from guardmw.backends import Backend
     from guardmw.backends._plan import Plan
@@ -63,6 +66,7 @@ class Tiers:
         scores: P(unsafe) and P(injection) of the first tier; -1 where it has no such score.
         forced: it read the row only in part, so that it is escalated whatever it says.
         first, second: whether a policy withholds the row by the first tier's scores, and by the second's.
+        families: numbers; rows with the same one belong together, and None leaves each by itself.
     """
 
     unsafe: Bools
@@ -70,13 +74,17 @@ class Tiers:
     forced: Bools
     first: Bools
     second: Bools
+    families: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.unsafe)
 
     def of(self, rows: Any) -> Tiers:  # noqa: ANN401 - whatever numpy takes as an index
         """Some of the rows."""
-        return Tiers(self.unsafe[rows], self.scores[rows], self.forced[rows], self.first[rows], self.second[rows])
+        families = None if self.families is None else self.families[rows]
+        return Tiers(
+            self.unsafe[rows], self.scores[rows], self.forced[rows], self.first[rows], self.second[rows], families
+        )
 
     def escalated(self, band: tuple[float, float]) -> Bools:
         """Which rows a band sends on."""
@@ -213,7 +221,7 @@ def fit(
         target: what is promised.
         confidence: of everything that is promised, together.
         by_stage: a band for each stage that has enough rows, too.
-        seed: of the halves, which hold the same stages and labels.
+        seed: of the halves, which hold about the same stages and labels, and no two rows that belong together.
         done: called with the number of rows that have been scored.
 
     Raises:
@@ -330,6 +338,7 @@ def measure(
         forced=np.array([read_in_part(s) for s in first], dtype=bool),
         first=withheld(first),
         second=withheld(map(upon, first, second)),
+        families=np.array(families(rows), dtype=np.int64),
     )
     return tiers, (1000 * seconds[0] / max(len(rows), 1), 1000 * seconds[1] / max(len(rows), 1))
 
@@ -391,9 +400,9 @@ def _within_budget(
     tiers: Tiers, budget: float, error: float, limits: tuple[float, float], seed: int
 ) -> tuple[float, float]:
     """The best of the bands found on one half of the rows, tested on the other from the narrowest on."""
-    order = np.random.default_rng(seed).permutation(len(tiers))
-    order = order[np.argsort(tiers.unsafe[order], kind="stable")]
-    finding, testing = tiers.of(order[::2]), tiers.of(order[1::2])
+    kin = range(len(tiers)) if tiers.families is None else tiers.families.tolist()
+    tested = sides(tiers.unsafe.tolist(), kin, seed)
+    finding, testing = tiers.of(~tested), tiers.of(tested)
     best = None
     for _, band in _frontier(finding, limits):
         if tail(int(testing.escalated(band).sum()), len(testing), budget) > error:

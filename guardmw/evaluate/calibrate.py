@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -14,6 +14,7 @@ from guardmw.backends._artefact import CARD
 from guardmw.conversation import STAGES, Stage
 from guardmw.errors import DataError
 from guardmw.evaluate import metrics, plots
+from guardmw.evaluate.families import families, sides
 from guardmw.policy import Policy, StagePolicy
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def calibrate(
         rows: of both labels, in each stage that is to have figures of its own.
         target_fpr: the highest share of safe rows that may be acted on.
         bounds: of the thresholds, on calibrated scores.
-        seed: of the halves, which hold the same stages and labels.
+        seed: of the halves, which hold about the same stages and labels, and no two rows that belong together.
         done: called with the number of rows that have been scored.
 
     Raises:
@@ -208,10 +209,11 @@ def enter(found: Calibration, folder: Path) -> None:
 
 
 def halves(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Two halves with the same stages, labels and attacks."""
-    shuffled = random.Random(seed).sample(rows, len(rows))  # noqa: S311 - an order, not a secret
-    shuffled.sort(key=lambda row: (row.conversation.stage, row.unsafe, bool(row.attack)))
-    return shuffled[::2], shuffled[1::2]
+    """Two halves with the same stages, labels and attacks, as far as families allow, which are never in both."""
+    strata = [(row.conversation.stage, row.unsafe, bool(row.attack)) for row in rows]
+    second = sides(strata, families(rows), seed).tolist()
+    first = [not one for one in second]
+    return list(compress(rows, first)), list(compress(rows, second))
 
 
 def _fitted(part: Measured, temperature: float, threshold: float, figures: Mapping[str, Any]) -> Fitted:

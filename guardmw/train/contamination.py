@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from guardmw.evaluate import near
+from guardmw.evaluate.near import Similarity
 from guardmw.settings import Part
-from guardmw.train import near
 from guardmw.train.ingest import Benchmark, read
-from guardmw.train.near import Similarity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from guardmw.evaluate.near import Hashes, Signature
     from guardmw.evaluate.rows import Row
-    from guardmw.train.near import Hashes, Signature
 
 # Words in a run: of those counted for containment, of the shortest text looked for as a whole, and for similarity.
 _LONG, _SHORT, _SHINGLE = 8, 5, 3

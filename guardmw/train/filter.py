@@ -13,12 +13,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from guardmw.errors import DataError, GuardmwError
-from guardmw.evaluate import rows
+from guardmw.evaluate import near, rows
+from guardmw.evaluate.near import Similarity
 from guardmw.settings import Part, Score
-from guardmw.train import near
 from guardmw.train.contamination import Contamination, contaminated
 from guardmw.train.ingest import both_labels, check
-from guardmw.train.near import Similarity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from guardmw.errors import DataError
+from guardmw.evaluate.families import named
 from guardmw.evaluate.rows import key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from guardmw.evaluate.rows import Row
-
-_WORD = re.compile(r"\w+")
 
 
 def split(rows: Iterable[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -29,7 +27,7 @@ def split(rows: Iterable[Row], share: float) -> tuple[list[Row], list[Row]]:
         DataError: a side lacks safe or unsafe rows.
     """
     unique = {key(row): row for row in rows}
-    families = _families(unique)
+    families = named(unique)
     training: list[Row] = []
     held_out: list[Row] = []
     for name, row in unique.items():
@@ -51,7 +49,7 @@ def split(rows: Iterable[Row], share: float) -> tuple[list[Row], list[Row]]:
 
 def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Two sides of about the same number of families."""
-    families = _families({key(row): row for row in rows})
+    families = named({key(row): row for row in rows})
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
         # Not the digits by which a held-out row was held out.
@@ -63,30 +61,3 @@ def digest(rows: Iterable[Row]) -> str:
     """A name for these rows with their labels, whatever their order."""
     named = sorted(f"{key(row)} {row.unsafe} {sorted(row.categories or ())} {row.attack}" for row in rows)
     return hashlib.sha256("".join(named).encode()).hexdigest()[:16]
-
-
-def _families(unique: Mapping[str, Row]) -> dict[str, str]:
-    """The family of each key, named after its least member (disjoint sets over shared traits)."""
-    parent: dict[str, str] = {}
-
-    def root(member: str) -> str:
-        while parent.setdefault(member, member) != member:
-            parent[member] = parent[parent[member]]
-            member = parent[member]
-        return member
-
-    for name, row in unique.items():
-        for trait in _traits(row):
-            parent[root(trait)] = root(name)
-    least: dict[str, str] = {}
-    for name in unique:
-        least[root(name)] = min(name, least.get(root(name), name))
-    # Hashed once more: the least of many hashes is a small one, and large families would all fall on one side.
-    return {name: hashlib.sha256(least[root(name)].encode()).hexdigest() for name in unique}
-
-
-def _traits(row: Row) -> set[str]:
-    """What rows that belong together have in common: the row behind them, and the words the user said."""
-    said = next((turn.text for turn in row.conversation.context if turn.role == "user"), row.conversation.trial)
-    words = " ".join(_WORD.findall(said.lower()))
-    return {f"{kind}:{trait}" for kind, trait in (("id", row.id), ("id", row.origin), ("said", words)) if trait}

@@ -249,6 +249,62 @@ def test_who_is_cancelled_leaves_the_others_their_batch(cancelled: int, when: st
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_a_batch_that_nobody_waits_for_any_more_frees_its_lane(order: list[int]) -> None:
+    """All of its callers ran out of time, and the backend never answers."""
+    batches: list[int] = []
+
+    class Hangs(KeywordBackend):
+        async def aclassify(self, conversations: Sequence[Conversation]) -> list[Scores]:
+            batches.append(len(conversations))
+            await asyncio.sleep(0 if len(batches) == 3 else 3_600)
+            return self.classify(conversations)
+
+    async def main() -> None:
+        batched = Batched(Hangs({"EVIL": 0.99}))
+        first, *others = (asyncio.create_task(batched.aclassify(texts(text))) for text in "abcd")
+        await until(lambda: len(batched._waiting) == 3)
+        first.cancel()
+        await until(lambda: len(batches) == 2)
+        for at in order:
+            assert not batched._free
+            others[at].cancel()
+            await asyncio.sleep(0.001)
+        assert all(task.done() for task in others)
+        await until(lambda: batched._free)
+        assert (await asyncio.wait_for(batched.aclassify(texts("EVIL")), 30))[0].unsafe == 0.99
+        assert batches == [1, 3, 1]
+        idle(batched)
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_a_thread_waits_for_goes_on_without_its_tasks() -> None:
+    """It cannot give up, and is owed its answer."""
+    backend = Gated()
+    batched = Batched(backend)
+
+    async def main() -> None:
+        first, leader, other = (asyncio.create_task(batched.aclassify(texts(text))) for text in "abc")
+        await until(lambda: backend.begun.acquire(blocking=False))
+        waiting(batched, 2)
+        thread = asyncio.create_task(asyncio.to_thread(batched.classify, texts("EVIL")))
+        await asyncio.to_thread(waiting, batched, 3)
+        first.cancel()
+        await until(lambda: len(backend.batches) == 2)
+        leader.cancel()
+        other.cancel()
+        await asyncio.sleep(0.001)
+        assert not batched._free
+        backend.gate.set()
+        assert (await thread)[0].unsafe == 0.99
+        await until(lambda: batched._free)
+
+    asyncio.run(main())
+    assert backend.batches == [["a"], ["b", "c", "EVIL"]]
+    idle(batched)
+
+
 def test_an_event_loop_that_ends_in_the_middle_leaves_the_others_to_themselves() -> None:
     """A thread that waited for its batch is handed the lane."""
     backend = Gated()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -178,6 +178,57 @@ def test_a_first_tier_that_fails_leaves_all_to_the_second(classify: Classify) ->
     second = ScriptedBackend([0.1, 0.9])
     scores = classify(Cascade(ScriptedBackend([KeyError()]), second), texts("a", "b"))
     assert [(s.unsafe, s.degraded) for s in scores] == [(0.1, ""), (0.9, "")]
+
+
+class Watchful(ScriptedBackend):
+    """One that advises on injections, and so looks for them."""
+
+    thresholds: ClassVar = {"injection": 0.5}
+
+
+@both
+def test_a_first_tier_that_alone_looks_for_attacks_is_missed(classify: Classify) -> None:
+    """The second looked for harm: that nobody looked for attacks is told, and the policy decides."""
+    scores = classify(Cascade(Watchful([KeyError()]), ScriptedBackend([0.1, 0.9])), texts("a", "b"))
+    why = "injections were not judged: scripted: KeyError"
+    assert [(s.unsafe, s.degraded) for s in scores] == [(0.1, why), (0.9, why)]
+    for on_degraded, action in (("block", "block"), ("allow", "allow")):
+        down = Cascade(Watchful([KeyError()]), ScriptedBackend([0.1]))
+        verdict = Guard(down, policy=Policy(on_degraded=on_degraded)).screen("a")  # type: ignore[arg-type]
+        assert (verdict.action, verdict.degraded, verdict.reason) == (action, True, why)
+
+
+@both
+def test_a_first_tier_is_not_missed_by_who_looks_for_attacks(classify: Classify) -> None:
+    """A score of 0 is an opinion where the tier is known to have some: by its advice, or by what it said."""
+    assert not classify(Cascade(Watchful([KeyError()]), Watchful([0.1])), texts("a"))[0].degraded
+    assert not classify(Cascade(Watchful([KeyError()]), ScriptedBackend([Scores(0.1, {}, 0.1)])), texts("a"))[
+        0
+    ].degraded
+
+
+def test_a_tier_that_scored_an_attack_once_is_missed_without() -> None:
+    """Not every model has advice to give."""
+    cascade = Cascade(ScriptedBackend([Scores(0.5, {}, 0.1), KeyError()]), ScriptedBackend([0.1, 0.1]))
+    assert [s.degraded for s in (cascade.classify(texts(text))[0] for text in "ab")] == [
+        "",
+        "injections were not judged: scripted: KeyError",
+    ]
+
+
+@both
+def test_where_attacks_were_not_judged_the_next_tier_is_asked(classify: Classify) -> None:
+    """However sure the one between is of harm."""
+    last = Watchful([Scores(0.1, {}, 0.9)])
+    scores = classify(Cascade(Watchful([KeyError()]), ScriptedBackend([0.01]), last), texts("a"))
+    assert [(s.injection, s.degraded) for s in scores] == [(0.9, "")]
+
+
+@both
+def test_what_was_judged_of_attacks_before_a_failure_stands(classify: Classify) -> None:
+    """Of the doubtful ones, whom the failed tier was to ask about harm."""
+    tiers = (Watchful([Scores(0.5, {}, 0.1)]), Watchful([KeyError()]), ScriptedBackend([0.1]))
+    assert [(s.injection, s.degraded) for s in classify(Cascade(*tiers), texts("a"))] == [(0.1, "")]
 
 
 @both

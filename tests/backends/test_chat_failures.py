@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -413,17 +414,40 @@ def test_one_that_fails_ends_the_others(server: Any, fake: Any, backend: Any) ->
 
 
 def test_ten_thousand_at_once_share_a_few_connections(server: Any, fake: Any, backend: Any) -> None:
-    """From one loop and from threads; all are answered, each by its own answer."""
+    """Of a slow server; each is answered by its own answer, waits for little memory, and leaves none behind."""
+    count, most = 10_000, [0]
+
+    async def slowly(seen: Any, writer: asyncio.StreamWriter) -> None:
+        server.seen.clear()
+        answered[0] += 1
+        if answered[0] % (count // 3) == 0:
+            most[0] = max(most[0], objects())
+        await asyncio.sleep(0.002)
+        await fake.well(seen, writer)
 
     async def many(guard: Guard) -> list[Verdict]:
-        asked = (guard.ascreen("EVIL" if at % 100 == 0 else f"{TEXT} {at}") for at in range(10_000))
+        asked = (guard.ascreen("EVIL" if at % 100 == 0 else f"{TEXT} {at}") for at in range(count))
         return await asyncio.gather(*asked)
 
-    verdicts = asyncio.run(many(Guard(backend(connections=16, deadline=3_600.0))))
-    assert [at for at, verdict in enumerate(verdicts) if verdict.action == "block"] == list(range(0, 10_000, 100))
+    answered, server.behave = [0], slowly
+    guard = Guard(backend(connections=16, deadline=3_600.0))
+    asyncio.run(guard.ascreen(TEXT))
+    before = objects()
+    verdicts = asyncio.run(many(guard))
+    assert [at for at, verdict in enumerate(verdicts) if verdict.action == "block"] == list(range(0, count, 100))
     assert not any(verdict.degraded for verdict in verdicts)
     assert server.most <= 16
     assert server.opened < 100
+    assert 0 < most[0] - before < 200 * count
+    del verdicts
+    # Those of connections that are kept, however many asked.
+    assert objects() - before < 4_000
+
+
+def objects() -> int:
+    """How much there is to collect."""
+    gc.collect()
+    return len(gc.get_objects())
 
 
 def test_an_answer_of_any_bytes_is_no_surprise(server: Any, fake: Any, backend: Any) -> None:

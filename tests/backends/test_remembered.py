@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socketserver
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from time import sleep
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -303,9 +306,42 @@ def test_a_store_remembers_for_other_processes(classify: Classify) -> None:
     assert not any(key == b"a" for key in shelf.kept)
 
 
+def kept(**given: object) -> bytes:
+    """What a store holds of a safe text, with something wrong."""
+    right = {"unsafe": 0.0, "categories": {}, "injection": 0.0, "backend": "", "coverage": None, "degraded": ""}
+    return json.dumps(right | given).encode()
+
+
+def covered(**given: object) -> dict[str, object]:
+    """A full reading, with something wrong."""
+    return {"characters": 1, "judged": 1, "windows": 1, "unreadable": 0, "media": []} | given
+
+
 @pytest.mark.parametrize(
     "value",
     [
+        kept(unsafe="0.0"),
+        kept(unsafe=False),
+        kept(unsafe=float("nan")),
+        kept(unsafe=-1),
+        kept(unsafe=None),
+        kept(injection=False),
+        kept(injection=[0]),
+        kept(categories=[]),
+        kept(categories={"hate": "0"}),
+        kept(categories={"hate": None}),
+        kept(backend=7),
+        kept(degraded=0),
+        kept(degraded=[]),
+        kept(coverage=0),
+        kept(coverage=""),
+        kept(coverage=[]),
+        kept(coverage=covered(characters="5", judged="9")),
+        kept(coverage=covered(judged=None)),
+        kept(coverage=covered(judged=True)),
+        kept(coverage=covered(characters=-1)),
+        kept(coverage=covered(media="audio")),
+        b"[" * 100_000,
         b"",
         b"[]",
         b"{}",
@@ -316,14 +352,55 @@ def test_a_store_remembers_for_other_processes(classify: Classify) -> None:
         b'{"unsafe": 0, "categories": {}, "injection": 0, "backend": "", "coverage": null, "degraded": "", "x": 1}',
         b'{"unsafe": 0, "coverage": {"characters": 2, "judged": 1, "media": []}, "degraded": ""}',
         "no bytes",
+        kept().decode(),
+        7,
+        0.0,
+        {"unsafe": 0.0},
+        Scores(0.0),
     ],
+    ids=count(),
 )
-def test_what_is_no_full_reading_is_asked_again(value: Any) -> None:
-    """A store may hold anything."""
+def test_what_is_no_full_reading_is_asked_again(value: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A store may hold anything; what it held is told without being quoted, and replaced."""
     shelf = Shelf()
     Remembered(KeywordBackend({}), store=shelf, fingerprint="1").classify(texts("a"))
     shelf.kept = dict.fromkeys(shelf.kept, value)
     assert Remembered(ScriptedBackend([0.7]), store=shelf, fingerprint="1").classify(texts("a"))[0].unsafe == 0.7
+    assert [record.message for record in caplog.records] == ["1 of 1 kept verdicts are none, and asked for again"]
+    assert Remembered(ScriptedBackend([]), store=shelf, fingerprint="1").classify(texts("a"))[0].unsafe == 0.7
+
+
+def test_what_is_a_full_reading_is_not_asked_again() -> None:
+    """As the one that the others are made of."""
+    for value in (kept(), kept(unsafe=0), kept(coverage=covered(media=["audio"]))):
+        shelf = Shelf()
+        Remembered(KeywordBackend({}), store=shelf, fingerprint="1").classify(texts("a"))
+        shelf.kept = dict.fromkeys(shelf.kept, value)
+        assert Remembered(ScriptedBackend([]), store=shelf, fingerprint="1").classify(texts("a"))[0].unsafe == 0.0
+
+
+@both
+@pytest.mark.parametrize("values", [None, 7, [], [None] * 3, b"", "0", {}])
+def test_a_store_that_answers_in_another_form_is_done_without(
+    values: Any, classify: Classify, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two keys, neither has a value then."""
+    shelf = Shelf()
+    shelf.fetch = lambda keys: values  # type: ignore[method-assign]
+    memory = Remembered(ScriptedBackend([0.7, 0.8]), store=shelf, fingerprint="1")
+    assert [s.unsafe for s in classify(memory, texts("a", "b"))] == [0.7, 0.8]
+    assert [record.message.partition(": ")[0] for record in caplog.records] == ["no earlier verdicts for 5 s"]
+
+
+@both
+def test_scores_that_cannot_be_written_are_told_all_the_same(
+    classify: Classify, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are the answer, and only not kept."""
+    odd = Scores(np.float32(0.5))  # type: ignore[arg-type]
+    memory = Remembered(ScriptedBackend([odd]), store=Shelf(), fingerprint="1")
+    assert classify(memory, texts("a")) == [odd]
+    assert [record.message for record in caplog.records] == ["no earlier verdicts for 5 s: store: TypeError"]
 
 
 @both

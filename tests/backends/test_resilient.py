@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guardmw import BackendError, BackendUnavailable, Conversation, Scores
+from guardmw import BackendError, BackendUnavailable, Cascade, Conversation, Scores
 from guardmw.backends import resilient
+from guardmw.backends.batched import Batched
+from guardmw.backends.calibrated import Calibrated
+from guardmw.backends.remembered import Remembered
 from guardmw.backends.resilient import Resilient
+from guardmw.backends.windowed import Windowed
 from guardmw.testing import KeywordBackend, ScriptedBackend, backend_contract
 
 if TYPE_CHECKING:
@@ -207,6 +211,37 @@ def test_a_backend_that_hangs_is_left(classify: Classify) -> None:
         if thread.name == "guardmw keyword":
             thread.join(30)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        Batched,
+        lambda backend: Remembered(Windowed(Batched(backend))),
+        lambda backend: Cascade(KeywordBackend({}), Calibrated(Batched(backend), temperature={})),
+    ],
+)
+def test_a_deadline_around_lanes_is_refused(within: Callable[[Backend], Backend]) -> None:
+    """A thread that is left behind would keep its lane from everybody else."""
+    lanes = within(KeywordBackend({}))
+    with pytest.raises(BackendError, match=r"put the deadline inside, Batched\(Resilient\(x, deadline=\.\.\.\)\)"):
+        Resilient(lanes)
+    assert Resilient(lanes, deadline=None).classify(ONE)
+
+
+def test_a_deadline_within_lanes_frees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many calls hang, without an event loop too."""
+    monkeypatch.setattr(resilient, "_MOST_HUNG", 3)
+    backend = Hanging()
+    batched = Batched(Resilient(backend, deadline=0.01, attempts=1, failures=99))
+    for _ in range(3):
+        with pytest.raises(BackendUnavailable, match="no answer"):
+            batched.classify(ONE)
+    backend.let.set()
+    for thread in threading.enumerate():
+        if thread.name == "guardmw keyword":
+            thread.join(30)
+    assert batched.classify(ONE)
 
 
 def test_threads_that_never_come_back_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> None:

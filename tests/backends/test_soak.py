@@ -164,7 +164,7 @@ def test_two_hours_of_faults(monkeypatch: pytest.MonkeyPatch) -> None:
         assert server.seen == {"up", *FAULTS}
         assert len(asyncio.all_tasks()) == 1
         assert (batched._free, len(batched._waiting)) == (2, 0)
-        assert sizes[-1] < sizes[0] + 3000
+        assert sizes[-1] < sizes[0] + 400
 
     threads = threading.active_count()
     with asyncio.Runner(loop_factory=Fast) as runner:
@@ -199,4 +199,4 @@ def test_two_hours_of_faults_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(told) == {"allow", "review", "block"}
     assert server.seen == {"up", *FAULTS}
     assert (batched._free, len(batched._waiting)) == (2, 0)
-    assert sizes[-1] < sizes[0] + 3000
+    assert sizes[-1] < sizes[0] + 400

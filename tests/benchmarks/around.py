@@ -6,11 +6,12 @@ import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
-from time import perf_counter, process_time
+from time import perf_counter, process_time, thread_time
 from typing import TYPE_CHECKING
 
 from guardmw import Backend, Cascade, Conversation, Scores, load
 from guardmw.backends.batched import Batched
+from guardmw.backends.onnx import OnnxBackend
 from guardmw.backends.remembered import Remembered
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ PROMPT = (
     "and how long the dough has to rest."
 )
 CALLERS, EACH, ROUNDS = 32, 24, 5
+BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 class Instant:
@@ -123,6 +125,7 @@ def tasks(backend: Backend, words: str) -> list[float]:
 
 DRIVES = (("threads", threads), ("tasks", tasks))
 WORDS = ((10, "How do I bake bread?"), (34, PROMPT))
+LONG = (128, " ".join([PROMPT] * 4))
 
 
 def concurrent() -> None:
@@ -152,6 +155,29 @@ def concurrent() -> None:
         )
 
 
+def ceilings() -> None:
+    """What batches bring of themselves, by the time of one processor: more than that no caller can be given."""
+    backend = load("embedded")
+    assert isinstance(backend, OnnxBackend)
+    for size, words in (*WORDS, LONG):
+        (one, _), *_ = backend._windows.cut(texts(0, words))
+        taken: dict[int, list[tuple[float, float]]] = {}
+        for at in range(ROUNDS * 5):
+            for count in BATCHES:
+                started = thread_time()
+                backend._run(one * count)
+                alone = thread_time() - started
+                asked = [Conversation.of(f"{words} {at} {other}") for other in range(count)]
+                started = thread_time()
+                backend.classify(asked)
+                taken.setdefault(count, []).append((alone / count, (thread_time() - started) / count))
+        for count, seconds in taken.items():
+            for what, which in (("one run of the graph", 0), ("one call", 1)):
+                each, single = (median(pair[which] for pair in pairs) for pairs in (seconds, taken[1]))
+                label = f"{what}, {count} texts of {size} tokens: ms a text, gain"
+                show(label, f"{each * 1e3:.2f}, {single / each:.2f} x", "")
+
+
 def _gain(seconds: dict[str, list[float]]) -> float:
     """How many times as fast, by the median of the rounds."""
     return median(bare / batched for bare, batched in zip(seconds["bare"], seconds["batched"], strict=True))
@@ -161,4 +187,5 @@ if __name__ == "__main__":
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; medians; trust ratios where others work too\n")
     show("", "measured", "aim: at most")
     overheads()
+    ceilings()
     concurrent()

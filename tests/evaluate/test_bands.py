@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,21 @@ def test_no_more_is_lost_than_promised(second: str, lost: float) -> None:
         shares.append(seen["escalated"])
     assert kept >= (1 - error) * repeats
     assert np.mean(shares) < (0.02 if second == "equal" else 0.9)
+
+
+def test_a_band_is_not_tested_on_relatives_of_what_it_was_found_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would agree with it."""
+    tiers = replace(simulated(600, "noisy", 0), families=np.arange(600) // 3)
+    seen: list[Tiers] = []
+    frontier, of = bands._frontier, Tiers.of
+    monkeypatch.setattr(bands, "_frontier", lambda part, limits: seen.append(part) or frontier(part, limits))
+    monkeypatch.setattr(Tiers, "of", lambda self, rows: seen.append(of(self, rows)) or of(self, rows))
+    bands._within_budget(tiers, 0.3, 0.05, LIMITS, seed=0)
+    finding, testing = (set(part.families.tolist()) for part in seen[:2])  # type: ignore[union-attr]
+    assert finding.isdisjoint(testing)
+    assert len(finding | testing) == 200
+    assert seen[2].families is not None
+    assert set(seen[2].families.tolist()) == finding
 
 
 @pytest.mark.parametrize("second", ["perfect", "noisy", "equal"])
@@ -176,6 +192,8 @@ def test_it_is_the_cascade_itself_that_is_measured() -> None:
     given = [row.conversation for row in rows]
     done = [verdict.action in ("review", "block") for verdict in guard.screen_many(given)]
     assert tiers.withheld(band).tolist() == done
+    assert tiers.families is not None
+    assert len(tiers.families) == len(rows)
     asked = [cascade.doubtful(c, s) for c, s in zip(given, Odd({}).classify(given), strict=True)]
     assert tiers.escalated(band).tolist() == asked
     assert min(ms) >= 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from guardmw import BackendError, Conversation, Guard, Policy, Scores, Turn
 from guardmw.errors import DataError
 from guardmw.evaluate import metrics
-from guardmw.evaluate.calibrate import Measured, calibrate, enter, fit, report
+from guardmw.evaluate.calibrate import Measured, calibrate, enter, fit, halves, report
 from guardmw.evaluate.rows import Row
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ class Overconfident:
 
 def labelled(count: int, role: Role = "user") -> list[Row]:
     """Rows whose text is the logit of their chance to be unsafe."""
-    draw = np.random.default_rng(0)
+    # Nobody says what another one does: those would be kept together.
+    draw = np.random.default_rng(len(role))
     logits = draw.normal(0, 2, count)
     unsafe = draw.random(count) < 1 / (1 + np.exp(-logits))
     return [
-        Row(Conversation((Turn(role, f"{logit:.4f}"),)), bool(label), None)
+        Row(Conversation((Turn(role, f"{logit:.9f}"),)), bool(label), None)
         for logit, label in zip(logits, unsafe, strict=True)
     ]
 
@@ -159,6 +161,22 @@ def test_halves_depend_on_the_seed_alone() -> None:
     """Not on chance."""
     assert calibrate(Overconfident(), ROWS, 0.05).to_dict() == calibrate(Overconfident(), ROWS, 0.05).to_dict()
     assert calibrate(Overconfident(), ROWS, 0.05, seed=1).to_dict() != calibrate(Overconfident(), ROWS, 0.05).to_dict()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nearly_the_same_is_not_in_both_halves(seed: int) -> None:
+    """Or what is fitted on one would be remembered on the other; stages and labels are in both all the same."""
+    rows = [
+        Row(Conversation.of(f"please tell me all there is to know about the bread of village {at} {end}"), unsafe, None)
+        for at in range(40)
+        for unsafe, end in ((True, "now"), (False, "now, please"), (at % 2 == 0, "now, thank you"))
+    ]
+    sides = [{row.conversation.trial.split()[13] for row in half} for half in halves(rows, seed)]
+    assert sides[0] & sides[1] == set()
+    assert len(sides[0] | sides[1]) == 40
+    first, second = (Counter(row.unsafe for row in half) for half in halves(rows, seed))
+    assert abs(first[True] - second[True]) <= 2
+    assert abs(first[False] - second[False]) <= 2
 
 
 def test_who_waits_is_told_how_far_it_is() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guardmw.train import near
+from guardmw.evaluate import near
 
 SETS = st.lists(st.lists(st.integers(0, 30), max_size=20), min_size=2, max_size=6)
 
