@@ -7,7 +7,8 @@ from contextlib import aclosing, closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from llama_index.callbacks.guardmw._gate import Asked, Gate, OnBlock, asked_in_chat, asked_in_words
+from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
+from llama_index.callbacks.guardmw._gate import Gate, OnBlock
 from llama_index.callbacks.guardmw._turns import turn_of_node
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, enforced
 from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -26,6 +27,7 @@ from guardmw import Blocked, Conversation, Turn
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 
+    from llama_index.callbacks.guardmw._asked import Asked
     from llama_index.core.base.response.schema import RESPONSE_TYPE
     from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
     from llama_index.core.schema import NodeWithScore, QueryBundle

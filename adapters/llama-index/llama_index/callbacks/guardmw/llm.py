@@ -9,7 +9,8 @@ from functools import partial
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from llama_index.callbacks.guardmw._gate import Gate, Input, OnBlock, asked_in_chat, asked_in_words
+from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
+from llama_index.callbacks.guardmw._gate import Gate, Input, OnBlock
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, blocked_by, mark
 from llama_index.callbacks.guardmw.tools import names_of_guarded
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     )
     from contextlib import AbstractContextManager
 
-    from llama_index.callbacks.guardmw._gate import Asked
+    from llama_index.callbacks.guardmw._asked import Asked
     from llama_index.core.base.llms.types import LLMMetadata
     from llama_index.core.llms.llm import ToolSelection
     from llama_index.core.prompts import PromptTemplate
@@ -297,61 +298,61 @@ class GuardedLLM(LLM):
         return self._extend_messages(prompt.format_messages(llm=self._inner, **prompt_args))
 
     def _call(self, call: _Call, run: Callable[[], T]) -> T:
-        asked = call.asked()
-        with self._told(call) as told:
+        gate, asked = self._gate, call.asked()
+        with self._told(call, gate) as told:
             try:
-                self._gate.admit(asked, call.reviewed)
+                gate.admit(asked, call.reviewed)
                 try:
                     answer = run()
                 except Exception as error:
-                    self._gate.release(call.quoted(error), asked.context)
+                    gate.release(call.quoted(error), asked.context)
                     raise
-                self._gate.release(call.spoken(answer), asked.context, call.reviewed)
+                gate.release(call.spoken(answer), asked.context, call.reviewed)
             except Blocked as blocked:
-                answer = self._gate.instead(blocked.verdict, call.refusal)
+                answer = gate.instead(blocked.verdict, call.refusal)
             told.end(answer)
         return answer
 
     async def _acall(self, call: _Call, run: Callable[[], Awaitable[T]]) -> T:
-        asked = call.asked()
-        with self._told(call) as told:
+        gate, asked = self._gate, call.asked()
+        with self._told(call, gate) as told:
             try:
-                await self._gate.aadmit(asked, call.reviewed)
+                await gate.aadmit(asked, call.reviewed)
                 try:
                     answer = await run()
                 except Exception as error:
-                    await self._gate.arelease(call.quoted(error), asked.context)
+                    await gate.arelease(call.quoted(error), asked.context)
                     raise
-                await self._gate.arelease(call.spoken(answer), asked.context, call.reviewed)
+                await gate.arelease(call.spoken(answer), asked.context, call.reviewed)
             except Blocked as blocked:
-                answer = self._gate.instead(blocked.verdict, call.refusal)
+                answer = gate.instead(blocked.verdict, call.refusal)
             told.end(answer)
         return answer
 
     def _stream(self, call: _Call, run: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
-        asked = call.asked()
-        with self._told(call) as told:
+        gate, asked = self._gate, call.asked()
+        with self._told(call, gate) as told:
             try:
                 # Not in the generator: what goes in is refused where it is asked, not where the answer is read.
-                self._gate.admit(asked, call.reviewed)
-                released = self._gate.stream(run(), asked.context, call.refusal, call.reviewed)
+                gate.admit(asked, call.reviewed)
+                released = gate.stream(run(), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
-                released = _only(self._gate.instead(blocked.verdict, call.refusal))
+                released = _only(gate.instead(blocked.verdict, call.refusal))
             return told.to_the_end(released)
 
     async def _astream(self, call: _Call, run: Callable[[], Awaitable[AsyncIterable[T]]]) -> AsyncGenerator[T, None]:
-        asked = call.asked()
-        with self._told(call) as told:
+        gate, asked = self._gate, call.asked()
+        with self._told(call, gate) as told:
             try:
-                await self._gate.aadmit(asked, call.reviewed)
-                released = self._gate.astream(await run(), asked.context, call.refusal, call.reviewed)
+                await gate.aadmit(asked, call.reviewed)
+                released = gate.astream(await run(), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
-                released = _aonly(self._gate.instead(blocked.verdict, call.refusal))
+                released = _aonly(gate.instead(blocked.verdict, call.refusal))
             return told.to_the_end_async(released)
 
-    def _told(self, call: _Call) -> AbstractContextManager[_Told]:
+    def _told(self, call: _Call, gate: Gate) -> AbstractContextManager[_Told]:
         """Tell the callback handlers of this call; it is the caller who says when it has ended."""
-        told = _Told(self.callback_manager, self._gate, call)
+        told = _Told(self.callback_manager, gate, call)
         return self._telling(told, call.trace) if self.callback_manager.handlers else nullcontext(told)
 
     @contextmanager
