@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from llama_index.callbacks.guardmw._parts import merged, parts_of_message
 from llama_index.callbacks.guardmw._turns import ROLES, only_text
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
 
 from guardmw import Conversation, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from llama_index.core.base.llms.types import ChatMessage
+    from collections.abc import Container, Iterable, Sequence
 
     from guardmw import Verdict
 
@@ -26,6 +25,10 @@ REMEMBERED = 1024
 """How many parts of conversations that passed are remembered, so as not to judge a chat's history at every turn."""
 
 
+WITHHELD = "[Withheld by policy.]"
+"""What stands in a chat for a question that was withheld before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What goes into a call.
@@ -34,34 +37,60 @@ class Asked:
         turns: all of it.
         trials: each part of it that is to be judged, with a digest of it and of all before it, and how many turns that
             is.
+        messages: what to ask with, where earlier questions may be left out; None where they may not.
+        current: how many turns there are before the last that the user said.
     """
 
     turns: Sequence[Turn]
     trials: Sequence[tuple[bytes, int, Turn]]
+    messages: Sequence[ChatMessage] | None = None
+    current: int = 0
 
     @property
     def context(self) -> tuple[Turn, ...]:
         """The last turns, as the context of the answer."""
         return tuple(self.turns[-CONTEXT_TURNS:])
 
+    def earlier(self, digest: bytes) -> bool:
+        """Whether this is part of a question that may be left out, as the user has gone on since."""
+        return self.messages is not None and any(
+            digest == one and at < self.current and turn.role == "user" for one, at, turn in self.trials
+        )
 
-def asked_in_chat(messages: Iterable[ChatMessage]) -> Asked:
-    """Every message of a chat, the model's own too, part by part."""
-    before = b""
+
+def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] | None = None) -> Asked:
+    """Every message of a chat, the model's own too, part by part.
+
+    Args:
+        messages: of the chat.
+        left_out: digests of earlier questions in whose place a note stands; None where the chat cannot be changed.
+    """
+    before, current = b"", 0
     turns: list[Turn] = []
     trials: list[tuple[bytes, int, Turn]] = []
-    for message in messages:
+    sent = messages
+    last = _last_question(messages) if left_out else 0
+    for at, message in enumerate(messages):
         if text := only_text(message):
             whole = Turn(ROLES[message.role], text)
-            before = _after(before, whole)
-            trials.append((before, len(turns), whole))
-            turns.append(whole)
-        elif parts := parts_of_message(message):
-            trials += [(_after(before, part.turn), len(turns), part.turn) for part in parts]
-            whole = parts[0].turn if len(parts) == 1 else merged(parts)
-            before = _after(before, whole)
-            turns.append(whole)
-    return Asked(turns, trials)
+            digest = _after(before, whole)
+            parts = [(digest, len(turns), whole)]
+        elif read := parts_of_message(message):
+            parts = [(_after(before, part.turn), len(turns), part.turn) for part in read]
+            whole = parts[0][2] if len(parts) == 1 else merged(read)
+            digest = _after(before, whole)
+        else:
+            continue
+        if left_out and at < last and message.role == MessageRole.USER and any(one in left_out for one, *_ in parts):
+            whole = Turn("user", WITHHELD)
+            digest, parts = _after(before, whole), []
+            sent = [*sent[:at], ChatMessage(content=WITHHELD), *sent[at + 1 :]]
+        if whole.role == "user":
+            current = len(turns)
+        before = digest
+        trials += parts
+        turns.append(whole)
+    return Asked(turns, trials, None if left_out is None else sent, current)
 
 
 def asked_in_turns(turns: Sequence[Turn]) -> Asked:
@@ -91,12 +120,16 @@ class Passed:
 
     Args:
         reach: how many of the turns before it belong to one on trial; None for all.
+
+    Attributes:
+        left_out: digests of questions that were withheld, and that a chat goes on without.
     """
 
     def __init__(self, reach: int | None = None) -> None:
         self._reach = reach
         self._digests: dict[bytes, None] = {}
         self._lock = Lock()
+        self.left_out: dict[bytes, None] = {}
 
     def fresh(self, asked: Asked) -> dict[bytes, Conversation]:
         """What is still to be judged, with the turns before it."""
@@ -113,8 +146,22 @@ class Passed:
             for digest, verdict in zip(fresh, verdicts, strict=True):
                 if verdict.action == "allow" and not verdict.degraded:
                     self._digests[digest] = None
-            while len(self._digests) > REMEMBERED:
-                del self._digests[next(iter(self._digests))]
+            _forget(self._digests)
+
+    def leave_out(self, digest: bytes) -> None:
+        """Remember of a question that it was withheld."""
+        with self._lock:
+            self.left_out[digest] = None
+            _forget(self.left_out)
+
+
+def _forget(digests: dict[bytes, None]) -> None:
+    while len(digests) > REMEMBERED:
+        del digests[next(iter(digests))]
+
+
+def _last_question(messages: Sequence[ChatMessage]) -> int:
+    return max((at for at, message in enumerate(messages) if message.role == MessageRole.USER), default=0)
 
 
 def _after(before: bytes, turn: Turn) -> bytes:

@@ -152,14 +152,12 @@ class GuardedLLM(LLM):
 
     @_unspanned
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401, D102
-        return self._call(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.chat, messages, **kwargs)
-        )
+        return self._call(_Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.chat, **kwargs))
 
     @_unspanned
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401, D102
         return await self._acall(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.achat, messages, **kwargs)
+            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.achat, **kwargs)
         )
 
     @_unspanned
@@ -179,7 +177,7 @@ class GuardedLLM(LLM):
         **kwargs: Any,  # noqa: ANN401
     ) -> Generator[ChatResponse, None, None]:
         return self._stream(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.stream_chat, messages, **kwargs)
+            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.stream_chat, **kwargs)
         )
 
     @_unspanned
@@ -189,7 +187,7 @@ class GuardedLLM(LLM):
         **kwargs: Any,  # noqa: ANN401
     ) -> AsyncGenerator[ChatResponse, None]:
         return await self._astream(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.astream_chat, messages, **kwargs)
+            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.astream_chat, **kwargs)
         )
 
     @_unspanned
@@ -297,13 +295,14 @@ class GuardedLLM(LLM):
     def _messages(self, prompt: PromptTemplate, prompt_args: dict[str, Any]) -> list[ChatMessage]:
         return self._extend_messages(prompt.format_messages(llm=self._inner, **prompt_args))
 
-    def _call(self, call: _Call, run: Callable[[], T]) -> T:
-        gate, asked = self._gate, call.asked()
+    def _call(self, call: _Call, run: Callable[..., T]) -> T:
+        gate = self._gate
+        asked = call.asked(gate)
         with self._told(call, gate) as told:
             try:
-                gate.admit(asked, call.reviewed)
+                asked = gate.admit(asked, call.reviewed)
                 try:
-                    answer = run()
+                    answer = run(*call.given(asked))
                 except Exception as error:
                     gate.release(call.quoted(error), asked.context)
                     raise
@@ -313,13 +312,14 @@ class GuardedLLM(LLM):
             told.end(answer)
         return answer
 
-    async def _acall(self, call: _Call, run: Callable[[], Awaitable[T]]) -> T:
-        gate, asked = self._gate, call.asked()
+    async def _acall(self, call: _Call, run: Callable[..., Awaitable[T]]) -> T:
+        gate = self._gate
+        asked = call.asked(gate)
         with self._told(call, gate) as told:
             try:
-                await gate.aadmit(asked, call.reviewed)
+                asked = await gate.aadmit(asked, call.reviewed)
                 try:
-                    answer = await run()
+                    answer = await run(*call.given(asked))
                 except Exception as error:
                     await gate.arelease(call.quoted(error), asked.context)
                     raise
@@ -329,23 +329,25 @@ class GuardedLLM(LLM):
             told.end(answer)
         return answer
 
-    def _stream(self, call: _Call, run: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
-        gate, asked = self._gate, call.asked()
+    def _stream(self, call: _Call, run: Callable[..., Iterable[T]]) -> Generator[T, None, None]:
+        gate = self._gate
+        asked = call.asked(gate)
         with self._told(call, gate) as told:
             try:
                 # Not in the generator: what goes in is refused where it is asked, not where the answer is read.
-                gate.admit(asked, call.reviewed)
-                released = gate.stream(run(), asked.context, call.refusal, call.reviewed)
+                asked = gate.admit(asked, call.reviewed)
+                released = gate.stream(run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
                 released = _only(gate.instead(blocked.verdict, call.refusal))
             return told.to_the_end(released)
 
-    async def _astream(self, call: _Call, run: Callable[[], Awaitable[AsyncIterable[T]]]) -> AsyncGenerator[T, None]:
-        gate, asked = self._gate, call.asked()
+    async def _astream(self, call: _Call, run: Callable[..., Awaitable[AsyncIterable[T]]]) -> AsyncGenerator[T, None]:
+        gate = self._gate
+        asked = call.asked(gate)
         with self._told(call, gate) as told:
             try:
-                await gate.aadmit(asked, call.reviewed)
-                released = gate.astream(await run(), asked.context, call.refusal, call.reviewed)
+                asked = await gate.aadmit(asked, call.reviewed)
+                released = gate.astream(await run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
                 released = _aonly(gate.instead(blocked.verdict, call.refusal))
             return told.to_the_end_async(released)
@@ -432,9 +434,13 @@ class _Chat:
         self._messages = messages
         self._options = options
 
-    def asked(self) -> Asked:
+    def asked(self, gate: Gate) -> Asked:
         """What goes in."""
-        return asked_in_chat(self._messages)
+        return asked_in_chat(self._messages, gate.left_out)
+
+    def given(self, asked: Asked) -> tuple[Any, ...]:
+        """What of it the inner LLM is still to be given."""
+        return (asked.messages,)
 
     def start(self) -> dict[str, Any]:
         """What callback handlers are told before it."""
@@ -463,6 +469,12 @@ class _Chat:
 class _Object(_Chat):
     """A call with messages that is to give an object."""
 
+    def asked(self, _: Gate) -> Asked:
+        return asked_in_chat(self._messages)
+
+    def given(self, _: Asked) -> tuple[Any, ...]:
+        return ()
+
     def end(self, answer: object) -> dict[str, Any]:
         message = ChatMessage(role=MessageRole.ASSISTANT, content=self.spoken(answer))
         return super().end(ChatResponse(message=message, raw=answer))
@@ -488,8 +500,11 @@ class _Completion:
         self._prompt = prompt
         self._options = options
 
-    def asked(self) -> Asked:
+    def asked(self, _: Gate) -> Asked:
         return asked_in_words(self._prompt)
+
+    def given(self, _: Asked) -> tuple[Any, ...]:
+        return ()
 
     def start(self) -> dict[str, Any]:
         return {EventPayload.PROMPT: self._prompt, EventPayload.ADDITIONAL_KWARGS: self._options}
