@@ -9,6 +9,7 @@ import asyncio
 import gc
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -635,15 +636,27 @@ async def test_a_failing_backend_is_for_the_policy_to_decide(path: str, failure:
 
 
 class Elsewhere(KeywordBackend):
-    """Judges off the event loop, or not at all."""
+    """Blocks its own thread until the event loop has gone round a few times since it was asked, or fails."""
+
+    def __init__(self, patience: float = 10) -> None:
+        super().__init__({})
+        self.patience = patience
+        self.went_round = threading.Semaphore(0)
 
     def classify(self, conversations: Sequence[Conversation]) -> list[Scores]:
-        with pytest.raises(RuntimeError):
-            asyncio.get_running_loop()
+        while self.went_round.acquire(blocking=False):
+            pass
+        if not all(self.went_round.acquire(timeout=self.patience) for _ in range(5)):
+            raise BackendError("the event loop stands still")
         return super().classify(conversations)
 
     async def aclassify(self, conversations: Sequence[Conversation]) -> list[Scores]:
-        return await asyncio.to_thread(super().classify, conversations)
+        return await asyncio.to_thread(self.classify, conversations)
+
+    async def go_round(self) -> None:
+        while True:
+            self.went_round.release()
+            await asyncio.sleep(0.0001)
 
 
 ASYNC = [name for name in PATHS if re.search(r"\ba[csq]|agent|workflow|engine_a", name)]
@@ -652,11 +665,29 @@ ASYNC = [name for name in PATHS if re.search(r"\ba[csq]|agent|workflow|engine_a"
 @pytest.mark.parametrize("path", ASYNC)
 async def test_async_paths_never_judge_on_the_event_loop(path: str) -> None:
     """The loop does not wait for a classification."""
-    judge = Elsewhere({})
+    judge = Elsewhere()
     watch = Watch(said(path, SAFE), witness=judge)  # type: ignore[arg-type]
     watch.content = lambda content: watch.seen.append(content or "")  # type: ignore[method-assign]
+    going = asyncio.create_task(judge.go_round())
     assert await until_blocked(PATHS[path], guard_llm(Fake.of(Source(watch.text)), judge), watch) is None
+    going.cancel()
     assert "number 8" in "".join(watch.seen)
+
+
+async def test_the_check_notices_a_judge_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is asked by the sync route."""
+    judge = Elsewhere(patience=0.1)
+
+    async def on_the_loop(guard: Guard, given: Any) -> Any:
+        return guard.screen_many(given)
+
+    monkeypatch.setattr(Guard, "ascreen_many", on_the_loop)
+    going = asyncio.create_task(judge.go_round())
+    await asyncio.sleep(0)
+    blocked = await until_blocked(achat, guard_llm(Fake.of(Source(SAFE)), judge), Watch(SAFE))
+    going.cancel()
+    assert blocked is not None
+    assert "stands still" in str(blocked)
 
 
 @pytest.mark.parametrize("way", [achat, astream_chat, astream_complete, acomplete])
