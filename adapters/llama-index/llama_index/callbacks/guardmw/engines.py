@@ -419,17 +419,25 @@ class _AsyncDeltas:
 
     def __init__(self, response: StreamingAgentChatResponse) -> None:
         self._response = response
-        self._deltas = response.async_response_gen()
+        # Where the response has it, whoever stops reading waits for it, and so for the model to finish.
+        self._task, response.awrite_response_to_history_task = response.awrite_response_to_history_task, None
+        self._deltas = self._read(response.async_response_gen())
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self._deltas
 
+    async def _read(self, deltas: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield delta
+        if self._task is not None:
+            await self._task
+
     async def aclose(self) -> None:
         """Cancel the engine's task, and close the model's stream."""
-        task, self._response.awrite_response_to_history_task = self._response.awrite_response_to_history_task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         await self._deltas.aclose()
         if self._response.achat_stream is not None:
             await self._response.achat_stream.aclose()
