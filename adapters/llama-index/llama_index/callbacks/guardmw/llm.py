@@ -87,8 +87,9 @@ def guard_llm(
     one; a StructuredLLM stays one, around a guarded LLM.
 
     Every message it is asked with is judged, each with those before it as context, and its answer with the last of
-    them. What passed is remembered (the last 1024 messages). Streams go out sentence by sentence, as they are judged;
-    tool calls when they are complete. In async calls the event loop goes on meanwhile.
+    them. What passed is remembered (the last 1024 messages). A question that is withheld stops a chat call only while
+    it is the last: once the user has gone on, the LLM reads a note in its place. Streams go out sentence by sentence,
+    as they are judged; tool calls when they are complete. In async calls the event loop goes on meanwhile.
 
     Args:
         llm: an LLM; it is not changed.
