@@ -201,6 +201,8 @@ def test_what_comes_after_a_question_is_judged_without_it() -> None:
     """As the model will read it; and the rest is what was given."""
     llm, backend = guard_llm(Reader(), inner := Counting()), inner
     given = said(("system", "Be brief."), *EARLIER)
+    with pytest.raises(Blocked):
+        llm.chat(given[:2])
     llm.chat(given)
     assert [conversation.trial for conversation in backend.judged[-2:]] == ["How is bread made?", ANSWER]
     assert all("EVIL" not in str(conversation.context) for conversation in backend.judged[-2:])
@@ -210,6 +212,14 @@ def test_what_comes_after_a_question_is_judged_without_it() -> None:
     judged = len(backend.judged)
     llm.chat(given)
     assert len(backend.judged) == judged + 1  # the answer
+
+
+def test_a_question_that_came_along_stops_a_call_first() -> None:
+    """Nobody has been told of it yet."""
+    llm = guard_llm(Reader(), Counting())
+    with pytest.raises(Blocked):
+        llm.chat(said(*EARLIER))
+    assert llm.chat(said(*EARLIER)).message.content == ANSWER
 
 
 @pytest.mark.parametrize(
@@ -237,6 +247,8 @@ def test_a_question_of_several_parts_is_left_out_whole() -> None:
     guard = Guard(Counting(), policy=Policy(on_partial="allow"))
     parts = ChatMessage(role="user", blocks=[TextBlock(text="EVIL"), ImageBlock(image=b"1")])
     llm = guard_llm(Reader(), guard)
+    with pytest.raises(Blocked):
+        llm.chat([parts])
     llm.chat([parts, *said(("user", "Hi."))])
     assert [message.content for message in llm.inner.read[0]] == [NOTE, "Hi."]  # type: ignore[attr-defined]
 
@@ -249,15 +261,17 @@ async def test_a_question_that_could_not_be_judged_is_not_left_out() -> None:
             raise BackendError("away")
 
     llm = guard_llm(Reader(), Failing())
-    with pytest.raises(Blocked, match="away"):
-        await llm.achat(said(*EARLIER))
+    for _ in range(2):
+        with pytest.raises(Blocked, match="away"):
+            await llm.achat(said(*EARLIER))
 
 
 def test_what_cannot_be_left_out_stops_the_call() -> None:
     """A chat engine's own history, where the engine is guarded and not its model."""
     engine = guard_chat_engine(simple(llm := Reader()), Counting())
-    with pytest.raises(Blocked):
-        engine.chat("Hi.", chat_history=said(*EARLIER[:2]))
+    for _ in range(2):
+        with pytest.raises(Blocked):
+            engine.chat("Hi.", chat_history=said(*EARLIER[:2]))
     assert llm.read == []
 
 
@@ -265,6 +279,8 @@ async def test_many_at_once_leave_out_each_its_own() -> None:
     """Conversations share a guard, not their questions."""
     llm = guard_llm(Reader(), Counting())
     chats = [said(("user", f"EVIL {at}"), ("user", f"How is bread {at} made?")) for at in range(20)]
+    stopped = await asyncio.gather(*(llm.achat(chat[:1]) for chat in chats), return_exceptions=True)
+    assert {type(one) for one in stopped} == {Blocked}
     await asyncio.gather(*map(llm.achat, chats))
     read: Any = llm.inner.read  # type: ignore[attr-defined]
     assert sorted(chat[1].content for chat in read) == sorted(chat[1].content or "" for chat in chats)

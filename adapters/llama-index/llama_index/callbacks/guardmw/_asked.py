@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from llama_index.callbacks.guardmw._parts import merged, parts_of_message
 from llama_index.callbacks.guardmw._turns import ROLES, only_text
+from llama_index.callbacks.guardmw._verdicts import withholds
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 
 from guardmw import Conversation, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from guardmw import Verdict
 
@@ -23,7 +24,6 @@ CONTEXT_TURNS = 10
 
 REMEMBERED = 1024
 """How many parts of conversations that passed are remembered, so as not to judge a chat's history at every turn."""
-
 
 WITHHELD = "[Withheld by policy.]"
 """What stands in a chat for a question that was withheld before."""
@@ -37,35 +37,27 @@ class Asked:
         turns: all of it.
         trials: each part of it that is to be judged, with a digest of it and of all before it, and how many turns that
             is.
-        messages: what to ask with, where earlier questions may be left out; None where they may not.
-        current: how many turns there are before the last that the user said.
+        messages: what to ask with.
     """
 
     turns: Sequence[Turn]
     trials: Sequence[tuple[bytes, int, Turn]]
-    messages: Sequence[ChatMessage] | None = None
-    current: int = 0
+    messages: Sequence[ChatMessage] = ()
 
     @property
     def context(self) -> tuple[Turn, ...]:
         """The last turns, as the context of the answer."""
         return tuple(self.turns[-CONTEXT_TURNS:])
 
-    def earlier(self, digest: bytes) -> bool:
-        """Whether this is part of a question that may be left out, as the user has gone on since."""
-        return self.messages is not None and any(
-            digest == one and at < self.current and turn.role == "user" for one, at, turn in self.trials
-        )
 
-
-def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] | None = None) -> Asked:
+def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = ()) -> Asked:
     """Every message of a chat, the model's own too, part by part.
 
     Args:
         messages: of the chat.
-        left_out: digests of earlier questions in whose place a note stands; None where the chat cannot be changed.
+        left_out: digests of questions in whose place a note stands, once the user has gone on.
     """
-    before, current = b"", 0
+    before = b""
     turns: list[Turn] = []
     trials: list[tuple[bytes, int, Turn]] = []
     sent = messages
@@ -85,12 +77,10 @@ def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] | 
             whole = Turn("user", WITHHELD)
             digest, parts = _after(before, whole), []
             sent = [*sent[:at], ChatMessage(content=WITHHELD), *sent[at + 1 :]]
-        if whole.role == "user":
-            current = len(turns)
         before = digest
         trials += parts
         turns.append(whole)
-    return Asked(turns, trials, None if left_out is None else sent, current)
+    return Asked(turns, trials, sent)
 
 
 def asked_in_turns(turns: Sequence[Turn]) -> Asked:
@@ -122,7 +112,7 @@ class Passed:
         reach: how many of the turns before it belong to one on trial; None for all.
 
     Attributes:
-        left_out: digests of questions that were withheld, and that a chat goes on without.
+        left_out: digests of questions that were withheld.
     """
 
     def __init__(self, reach: int | None = None) -> None:
@@ -140,18 +130,16 @@ class Passed:
             if digest not in self._digests
         }
 
-    def learn(self, fresh: Iterable[bytes], verdicts: Sequence[Verdict]) -> None:
-        """Remember of these what was allowed, and judged as well as can be."""
+    def learn(self, fresh: Mapping[bytes, Conversation], verdicts: Sequence[Verdict]) -> None:
+        """Remember of these what was allowed and judged as well as can be, and the questions that were withheld."""
         with self._lock:
-            for digest, verdict in zip(fresh, verdicts, strict=True):
+            for (digest, conversation), verdict in zip(fresh.items(), verdicts, strict=True):
                 if verdict.action == "allow" and not verdict.degraded:
                     self._digests[digest] = None
+                # What nobody could judge may pass the next time.
+                elif withholds(verdict) and verdict.scores is not None and conversation.last.role == "user":
+                    self.left_out[digest] = None
             _forget(self._digests)
-
-    def leave_out(self, digest: bytes) -> None:
-        """Remember of a question that it was withheld."""
-        with self._lock:
-            self.left_out[digest] = None
             _forget(self.left_out)
 
 

@@ -7,10 +7,10 @@ from contextvars import ContextVar
 from copy import copy
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed, asked_in_chat
+from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed
 from llama_index.callbacks.guardmw._held import Held, leaves_review
 from llama_index.callbacks.guardmw._parts import parts_of_answer
-from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced, log, tell, withholds
+from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced
 
 from guardmw import Blocked, Conversation, Turn
 
@@ -93,34 +93,23 @@ class Gate:
         """``ready``, without blocking the event loop."""
         return await self._judge.aready()
 
-    def admit(self, asked: Asked, reviewed: Collection[str] = ()) -> Asked:
+    def admit(self, asked: Asked, reviewed: Collection[str] = ()) -> None:
         """Judge what goes into a call, as far as it has not passed before.
 
         Args:
             asked: what goes in.
             reviewed: the names of tools that see to the reviews of their calls, here as in the other methods.
 
-        Returns:
-            The same, or without the earlier questions that the policy withholds, where they may be left out.
-
         Raises:
             Blocked: the policy blocks it, or wants it reviewed.
         """
-        while fresh := self._fresh(asked):
-            left = self._enter(asked, fresh, self.ready().screen_many(fresh.values()), reviewed)
-            if left is None:
-                break
-            asked = left
-        return asked
+        if fresh := self._fresh(asked):
+            self._enter(fresh, self.ready().screen_many(fresh.values()), reviewed)
 
-    async def aadmit(self, asked: Asked, reviewed: Collection[str] = ()) -> Asked:
+    async def aadmit(self, asked: Asked, reviewed: Collection[str] = ()) -> None:
         """``admit``, without blocking the event loop."""
-        while fresh := self._fresh(asked):
-            left = self._enter(asked, fresh, await (await self.aready()).ascreen_many(fresh.values()), reviewed)
-            if left is None:
-                break
-            asked = left
-        return asked
+        if fresh := self._fresh(asked):
+            self._enter(fresh, await (await self.aready()).ascreen_many(fresh.values()), reviewed)
 
     def release(self, answer: T, context: Sequence[Turn], reviewed: Collection[str] = ()) -> T:
         """A whole answer, once it has been judged.
@@ -213,35 +202,13 @@ class Gate:
     def _fresh(self, asked: Asked) -> dict[bytes, Conversation]:
         return self._passed.fresh(asked) if self._input else {}
 
-    def _enter(
-        self,
-        asked: Asked,
-        fresh: dict[bytes, Conversation],
-        verdicts: Sequence[Verdict],
-        reviewed: Collection[str],
-    ) -> Asked | None:
-        """Take the verdicts on what is new; returns what is left to ask, if that is less than what was asked."""
-        for at, (digest, verdict) in enumerate(zip(fresh, verdicts, strict=True)):
-            if not withholds(verdict) or leaves_review(fresh[digest], verdict, reviewed):
-                continue
-            # A question that nobody could judge may pass the next time.
-            if verdict.scores is None or fresh[digest].last.role != "user":
-                break
-            self._passed.leave_out(digest)
-            if not asked.earlier(digest):
-                break
-            # What comes after it is judged without it.
-            self._passed.learn([*fresh][:at], verdicts[:at])
-            tell(verdicts[: at + 1])
-            log.warning("left out an earlier question: %s", verdict.summary)
-            return asked_in_chat(asked.messages or (), self.left_out)
+    def _enter(self, fresh: dict[bytes, Conversation], verdicts: Sequence[Verdict], reviewed: Collection[str]) -> None:
         self._passed.learn(fresh, verdicts)
         enforced(verdicts, _counted(fresh.values(), verdicts, reviewed))
-        return None
 
     @property
     def left_out(self) -> Container[bytes]:
-        """The questions that chats go on without."""
+        """The questions that chats go on without, as the caller has been told of them."""
         return self._passed.left_out
 
 

@@ -87,9 +87,9 @@ def guard_llm(
     one; a StructuredLLM stays one, around a guarded LLM.
 
     Every message it is asked with is judged, each with those before it as context, and its answer with the last of
-    them. What passed is remembered (the last 1024 messages). A question that is withheld stops a chat call only while
-    it is the last: once the user has gone on, the LLM reads a note in its place. Streams go out sentence by sentence,
-    as they are judged; tool calls when they are complete. In async calls the event loop goes on meanwhile.
+    them. What passed is remembered (the last 1024 messages). A question that is withheld stops the call; once the user
+    has gone on, the LLM reads a note in its place. Streams go out sentence by sentence, as they are judged; tool calls
+    when they are complete. In async calls the event loop goes on meanwhile.
 
     Args:
         llm: an LLM; it is not changed.
@@ -301,7 +301,7 @@ class GuardedLLM(LLM):
         asked = call.asked(gate)
         with self._told(call, gate) as told:
             try:
-                asked = gate.admit(asked, call.reviewed)
+                gate.admit(asked, call.reviewed)
                 try:
                     answer = run(*call.given(asked))
                 except Exception as error:
@@ -318,7 +318,7 @@ class GuardedLLM(LLM):
         asked = call.asked(gate)
         with self._told(call, gate) as told:
             try:
-                asked = await gate.aadmit(asked, call.reviewed)
+                await gate.aadmit(asked, call.reviewed)
                 try:
                     answer = await run(*call.given(asked))
                 except Exception as error:
@@ -336,7 +336,7 @@ class GuardedLLM(LLM):
         with self._told(call, gate) as told:
             try:
                 # Not in the generator: what goes in is refused where it is asked, not where the answer is read.
-                asked = gate.admit(asked, call.reviewed)
+                gate.admit(asked, call.reviewed)
                 released = gate.stream(run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
                 released = _only(gate.instead(blocked.verdict, call.refusal))
@@ -347,7 +347,7 @@ class GuardedLLM(LLM):
         asked = call.asked(gate)
         with self._told(call, gate) as told:
             try:
-                asked = await gate.aadmit(asked, call.reviewed)
+                await gate.aadmit(asked, call.reviewed)
                 released = gate.astream(await run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
                 released = _aonly(gate.instead(blocked.verdict, call.refusal))
