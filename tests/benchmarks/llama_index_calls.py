@@ -60,19 +60,20 @@ class Empty(BaseCallbackHandler):
         """Nothing."""
 
 
-def chat(length: int, question: str) -> list[ChatMessage]:
-    """So many messages, the last of them a question."""
+def chat(length: int, earlier: int, last: int) -> list[ChatMessage]:
+    """So many messages, told from those of other chats by two numbers."""
     roles = ("user", "assistant")
-    earlier = [(roles[(length - 1 - at) % 2], f"This is message number {at} of a chat.") for at in range(length - 1)]
-    return [ChatMessage(role=role, content=text) for role, text in (*earlier, ("user", question))]
+    said = [(roles[(length - 1 - at) % 2], f"This is message {at} of chat {earlier}.") for at in range(length - 1)]
+    question = f"How is bread made, for the {last}th time?"
+    return [ChatMessage(role=role, content=text) for role, text in (*said, ("user", question))]
 
 
-def compared(steps: dict[str, Callable[[list[ChatMessage]], object]], length: int, *, new: bool) -> dict[str, float]:
+def compared(steps: dict[str, Callable[[list[ChatMessage]], object]], length: int, new: int) -> dict[str, float]:
     """Medians in µs, wall time and (as "… cpu") the process's own, taken in turns: all see the same machine."""
     times: dict[str, list[int]] = {f"{name}{kind}": [] for name in steps for kind in ("", " cpu")}
     for at in range(ROUNDS + 20):
         for name, step in steps.items():
-            messages = chat(length, f"How is bread made, for the {at if new else 0}th time?")
+            messages = chat(length, at if new > 1 else 0, at if new else 0)
             began, own = perf_counter_ns(), process_time_ns()
             step(messages)
             times[f"{name} cpu"].append(process_time_ns() - own)
@@ -104,21 +105,17 @@ def main() -> None:
     for way, steps in ways.items():
         # MockLLM completes what it is asked in chat, and tells of both: each is judged.
         counting.events = 0
-        steps["empty handler"](chat(1, "How is bread made?"))
+        steps["empty handler"](chat(1, 0, 0))
         events = counting.events
-        for length in (1, 10):
-            for new in (False, True):
-                cost = compared(steps, length, new=new)
-                shown = (
-                    f"bare {cost['bare']:.0f}",
-                    told(cost, "guard_llm", "bare"),
-                    told(cost, "empty handler", "bare", events),
-                    told(cost, "our handler", "empty handler", events),
-                )
-                question = "a new question" if new else "a known question"
-                print(
-                    f"{way}, {length} messages, {question}, {events} events, µs a call: {', '.join(shown)}", flush=True
-                )
+        for length, new in ((1, 0), (1, 1), (10, 0), (10, 1), (10, 10)):
+            cost = compared(steps, length, new)
+            shown = (
+                f"bare {cost['bare']:.0f}",
+                told(cost, "guard_llm", "bare"),
+                told(cost, "empty handler", "bare", events),
+                told(cost, "our handler", "empty handler", events),
+            )
+            print(f"{way}, {length} messages, {new} new, {events} events, µs a call: {', '.join(shown)}", flush=True)
     loop.close()
 
 

@@ -5,8 +5,11 @@ from typing import Literal, assert_type
 
 from langchain_core.runnables import RunnableLambda
 from langchain_guardmw import guard
-from llama_index.callbacks.guardmw import GuardCallbackHandler
+from llama_index.callbacks.guardmw import GuardCallbackHandler, guard_tool, guard_tools
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent
 from llama_index.core.callbacks import CallbackManager
+from llama_index.core.llms.mock import MockFunctionCallingLLM
+from llama_index.core.tools import FunctionTool
 
 from guardmw import Backend, Conversation, Coverage, Guard, Policy, Scores, ToolCall, Turn, Verdict, enforce, load
 from guardmw.testing import KeywordBackend, ScriptedBackend, backend_contract
@@ -77,3 +80,16 @@ def thresholds(backend: Backend) -> Mapping[str, float]:
 
 chain = RunnableLambda(str.upper) | guard(Mine())
 manager = CallbackManager([GuardCallbackHandler(mine)])
+
+
+def shell(command: str) -> str:
+    """Run a command."""
+    return command
+
+
+own: list[FunctionTool] = [FunctionTool.from_defaults(shell)]
+FunctionAgent(tools=guard_tools(own), llm=MockFunctionCallingLLM())
+FunctionAgent(tools=[guard_tool(shell), *guard_tools((shell, own[0]))], llm=MockFunctionCallingLLM())
+AgentWorkflow.from_tools_or_functions(guard_tools({shell}), llm=MockFunctionCallingLLM())
+MockFunctionCallingLLM().chat_with_tools(guard_tools(iter(own)), "Hello")
+guard_tools(shell)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
+from workflows.errors import WorkflowCancelledByUser
 
 from guardmw import BackendError, Blocked, Conversation, Guard, Policy, Scores
 from guardmw.stream import Hold
@@ -635,15 +637,27 @@ async def test_a_failing_backend_is_for_the_policy_to_decide(path: str, failure:
 
 
 class Elsewhere(KeywordBackend):
-    """Judges off the event loop, or not at all."""
+    """Blocks its own thread until the event loop has gone round a few times since it was asked, or fails."""
+
+    def __init__(self, patience: float = 10) -> None:
+        super().__init__({})
+        self.patience = patience
+        self.went_round = threading.Semaphore(0)
 
     def classify(self, conversations: Sequence[Conversation]) -> list[Scores]:
-        with pytest.raises(RuntimeError):
-            asyncio.get_running_loop()
+        while self.went_round.acquire(blocking=False):
+            pass
+        if not all(self.went_round.acquire(timeout=self.patience) for _ in range(5)):
+            raise BackendError("the event loop stands still")
         return super().classify(conversations)
 
     async def aclassify(self, conversations: Sequence[Conversation]) -> list[Scores]:
-        return await asyncio.to_thread(super().classify, conversations)
+        return await asyncio.to_thread(self.classify, conversations)
+
+    async def go_round(self) -> None:
+        while True:
+            self.went_round.release()
+            await asyncio.sleep(0.0001)
 
 
 ASYNC = [name for name in PATHS if re.search(r"\ba[csq]|agent|workflow|engine_a", name)]
@@ -652,11 +666,29 @@ ASYNC = [name for name in PATHS if re.search(r"\ba[csq]|agent|workflow|engine_a"
 @pytest.mark.parametrize("path", ASYNC)
 async def test_async_paths_never_judge_on_the_event_loop(path: str) -> None:
     """The loop does not wait for a classification."""
-    judge = Elsewhere({})
+    judge = Elsewhere()
     watch = Watch(said(path, SAFE), witness=judge)  # type: ignore[arg-type]
     watch.content = lambda content: watch.seen.append(content or "")  # type: ignore[method-assign]
+    going = asyncio.create_task(judge.go_round())
     assert await until_blocked(PATHS[path], guard_llm(Fake.of(Source(watch.text)), judge), watch) is None
+    going.cancel()
     assert "number 8" in "".join(watch.seen)
+
+
+async def test_the_check_notices_a_judge_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is asked by the sync route."""
+    judge = Elsewhere(patience=0.1)
+
+    async def on_the_loop(guard: Guard, given: Any) -> Any:
+        return guard.screen_many(given)
+
+    monkeypatch.setattr(Guard, "ascreen_many", on_the_loop)
+    going = asyncio.create_task(judge.go_round())
+    await asyncio.sleep(0)
+    blocked = await until_blocked(achat, guard_llm(Fake.of(Source(SAFE)), judge), Watch(SAFE))
+    going.cancel()
+    assert blocked is not None
+    assert "stands still" in str(blocked)
 
 
 @pytest.mark.parametrize("way", [achat, astream_chat, astream_complete, acomplete])
@@ -677,6 +709,128 @@ async def test_a_backend_that_hangs_lets_nothing_out(way: Way) -> None:
     await settled()
     assert source.sent < len(source.chunks())
     assert source.closed == (source.sent > 0)
+
+
+class Stuck:
+    """Where something waits for ever, and that it has come so far."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.reached = asyncio.Event()
+
+    async def here(self, where: str) -> None:
+        if where == self.where:
+            self.reached.set()
+            await asyncio.Event().wait()
+
+    async def wait(self) -> None:
+        await asyncio.wait_for(self.reached.wait(), 3)
+
+
+@dataclass
+class StuckSource(Source):
+    """Stops in the middle of its answer."""
+
+    stuck: Stuck = field(default_factory=lambda: Stuck(""))
+
+    async def astream(self) -> AsyncIterator[ChatResponse]:
+        async for chunk in super().astream():
+            if self.sent == len(self.chunks()) // 2:
+                try:
+                    await self.stuck.here("model")
+                finally:
+                    self.closed = True
+            yield chunk
+
+
+class StuckWitness(Witness):
+    """Stops in the middle of a question, or of an answer."""
+
+    def __init__(self, stuck: Stuck) -> None:
+        super().__init__()
+        self.stuck = stuck
+
+    async def aclassify(self, conversations: Sequence[Conversation]) -> list[Scores]:
+        await self.stuck.here(conversations[-1].last.role)
+        return await super().aclassify(conversations)
+
+
+def own_threads() -> set[str]:
+    """All but asyncio's own workers, which wait for more."""
+    return {thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
+
+
+async def cancelled_agent(agent: Any, watch: Watch, stuck: Stuck) -> None:
+    """Cancel its run, as LlamaIndex has it."""
+    handler = agent.run(QUESTION)
+
+    async def read() -> None:
+        async for event in handler.stream_events():
+            watch.seen.append(repr(event))
+            if isinstance(event, AgentStream):
+                watch.content(event.response)
+
+    reading = asyncio.create_task(read())
+    await stuck.wait()
+    await handler.cancel_run()
+    with pytest.raises(WorkflowCancelledByUser):
+        await handler
+    await reading
+
+
+async def cancelled_task(way: Way, llm: Any, watch: Watch, stuck: Stuck) -> None:
+    """Cancel who waits for it."""
+    waiting = asyncio.ensure_future(way(llm, watch))
+    await stuck.wait()
+    # Python 3.11's wait_for, by which an engine reads its queue, loses a cancellation that comes with an item.
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+@pytest.mark.parametrize("where", ["user", "assistant", "model"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "achat",
+        "astream_chat",
+        "astream_complete",
+        "astream_chat_with_tools",
+        "guarded simple engine_astream_chat",
+        "astream_query",
+        "guarded astream_query",
+        "function_agent",
+        "react_agent",
+        "workflow",
+    ],
+)
+async def test_what_is_cancelled_is_over(path: str, where: str) -> None:
+    """While the question is judged, while the answer is, or while the model speaks: no task, thread or text is left."""
+    if (path, where) == ("achat", "model"):
+        pytest.skip("it is the model's own")
+    threads = own_threads()
+    stuck = Stuck(where)
+    source = StuckSource(said(path, UNSAFE if where == "assistant" else SAFE), stuck=stuck)
+    watch = Watch(source.text, witness=StuckWitness(stuck))
+    llm = guard_llm(Fake.of(source), watch.witness)
+    if path in AGENTS:
+        await cancelled_agent(AGENTS[path](llm, streaming=True), watch, stuck)
+    else:
+        await cancelled_task(PATHS[path], llm, watch, stuck)
+    await settled()
+    seen = len(watch.seen)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert own_threads() == threads
+    assert watch.leaked == 0
+    assert "EVIL" not in repr(watch.seen)
+    assert ("number 0" in repr(watch.seen)) == (where == "model")
+    assert source.closed == (source.sent > 0)
+    await asyncio.sleep(0.01)
+    assert len(watch.seen) == seen
+
+
+AGENTS = {make.__name__: make for make in (function_agent, react_agent, workflow)}
 
 
 @pytest.mark.parametrize("path", [name for name in STREAMED if "agent" not in name and "workflow" not in name])

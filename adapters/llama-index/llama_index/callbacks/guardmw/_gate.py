@@ -5,13 +5,11 @@ from __future__ import annotations
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import dataclass
-from hashlib import blake2b
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed
 from llama_index.callbacks.guardmw._held import Held, leaves_review
-from llama_index.callbacks.guardmw._parts import merged, parts_of_answer, parts_of_message
+from llama_index.callbacks.guardmw._parts import parts_of_answer
 from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced
 
 from guardmw import Blocked, Conversation, Turn
@@ -23,13 +21,14 @@ if TYPE_CHECKING:
         AsyncIterator,
         Callable,
         Collection,
+        Container,
         Generator,
         Iterable,
         Iterator,
         Sequence,
     )
 
-    from llama_index.core.base.llms.types import ChatMessage
+    from llama_index.callbacks.guardmw._asked import Asked
 
     from guardmw import Backend, Guard, Verdict
 
@@ -41,54 +40,8 @@ T = TypeVar("T")
 OnBlock = Literal["raise", "refuse"]
 Input = Literal["before", "off"]
 
-CONTEXT_TURNS = 10
-"""Turns before the one on trial: a guard reads a few of them, and a verdict's cost must not grow with the history."""
-
-REMEMBERED = 1024
-"""How many parts of conversations that passed a gate remembers, so as not to judge a chat's history at every turn."""
-
 judging: ContextVar[Judge | None] = ContextVar("guardmw_judging", default=None)
 """Whose guard judges, by itself, what LlamaIndex's callback handlers are being told."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What goes into a call.
-
-    Attributes:
-        trials: each part of it with the turns before it, by what it is remembered as.
-        context: its last turns, as the context of the answer.
-    """
-
-    trials: dict[bytes, tuple[Turn, ...]]
-    context: tuple[Turn, ...]
-
-
-def asked_in_chat(messages: Iterable[ChatMessage]) -> Asked:
-    """Every message of a chat, each with those before it."""
-    digest = blake2b(digest_size=16)
-    trials: dict[bytes, tuple[Turn, ...]] = {}
-    before: tuple[Turn, ...] = ()
-    for message in messages:
-        parts = parts_of_message(message)
-        for part in parts:
-            key = digest.copy()
-            key.update(_spelled(part.turn))
-            trials[key.digest()] = (*before, part.turn)
-        if len(parts) == 1:
-            digest = key
-            before = (*before, parts[0].turn)[-CONTEXT_TURNS:]
-        elif parts:
-            whole = merged(parts)
-            digest.update(_spelled(whole))
-            before = (*before, whole)[-CONTEXT_TURNS:]
-    return Asked(trials, before)
-
-
-def asked_in_words(words: str) -> Asked:
-    """A prompt, or a query."""
-    turn = Turn("user", words)
-    return Asked({blake2b(_spelled(turn), digest_size=16).digest(): (turn,)}, (turn,))
 
 
 class Gate:
@@ -120,8 +73,7 @@ class Gate:
         self._judge = Judge.of(g)
         self.refuses = on_block == "refuse"
         self._input = input == "before"
-        self._passed: dict[bytes, None] = {}
-        self._lock = Lock()
+        self._passed = Passed(CONTEXT_TURNS)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
         # LLMs are copied with what they hold; the model and the lock stay one.
@@ -248,18 +200,16 @@ class Gate:
             judging.reset(token)
 
     def _fresh(self, asked: Asked) -> dict[bytes, Conversation]:
-        if not self._input:
-            return {}
-        return {key: Conversation(turns) for key, turns in asked.trials.items() if key not in self._passed}
+        return self._passed.fresh(asked) if self._input else {}
 
     def _enter(self, fresh: dict[bytes, Conversation], verdicts: Sequence[Verdict], reviewed: Collection[str]) -> None:
-        with self._lock:
-            for key, verdict in zip(fresh, verdicts, strict=True):
-                if verdict.action == "allow" and not verdict.degraded:
-                    self._passed[key] = None
-            while len(self._passed) > REMEMBERED:
-                del self._passed[next(iter(self._passed))]
+        self._passed.learn(fresh, verdicts)
         enforced(verdicts, _counted(fresh.values(), verdicts, reviewed))
+
+    @property
+    def left_out(self) -> Container[bytes]:
+        """The questions that chats go on without, as the caller has been told of them."""
+        return self._passed.left_out
 
 
 def _counted(
@@ -281,11 +231,6 @@ def _trials(answer: object, context: Sequence[Turn]) -> list[Conversation]:
             turn = Turn(turn.role, turn.text + part.delta, name=turn.name)
         trials.append(Conversation((*context, turn)))
     return trials
-
-
-def _spelled(turn: Turn) -> bytes:
-    # As repr(turn), which takes three times as long.
-    return repr((turn.role, turn.text, turn.tool_calls, turn.name, turn.media)).encode("utf-8", "surrogatepass")
 
 
 @contextmanager

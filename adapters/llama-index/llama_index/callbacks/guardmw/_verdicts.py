@@ -72,7 +72,8 @@ def withholds(verdict: Verdict) -> bool:
 
 def strictest(verdicts: Sequence[Verdict]) -> Verdict | None:
     """The verdict that withholds, the first that blocks if there are several; None where none does."""
-    return max(filter(withholds, verdicts), key=lambda verdict: verdict.blocked, default=None)
+    withheld = [verdict for verdict in verdicts if withholds(verdict)]
+    return max(withheld, key=lambda verdict: verdict.blocked) if withheld else None
 
 
 def enforced(verdicts: Sequence[Verdict], counted: Sequence[Verdict] | None = None) -> None:
@@ -93,7 +94,7 @@ def tell(verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         if heard:
             _dispatcher.event(VerdictEvent.of(verdict))
-        if not withholds(verdict) and (verdict.action == "flag" or verdict.degraded):
+        if (verdict.degraded or verdict.action == "flag") and not withholds(verdict):
             log.warning("%s at %s: %s", verdict.action, verdict.stage, verdict.summary)
 
 

@@ -7,7 +7,8 @@ from contextlib import aclosing, closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from llama_index.callbacks.guardmw._gate import Asked, Gate, OnBlock, asked_in_chat, asked_in_words
+from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
+from llama_index.callbacks.guardmw._gate import Gate, OnBlock
 from llama_index.callbacks.guardmw._turns import turn_of_node
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, enforced
 from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -26,6 +27,7 @@ from guardmw import Blocked, Conversation, Turn
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 
+    from llama_index.callbacks.guardmw._asked import Asked
     from llama_index.core.base.response.schema import RESPONSE_TYPE
     from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
     from llama_index.core.schema import NodeWithScore, QueryBundle
@@ -417,17 +419,25 @@ class _AsyncDeltas:
 
     def __init__(self, response: StreamingAgentChatResponse) -> None:
         self._response = response
-        self._deltas = response.async_response_gen()
+        # Where the response has it, whoever stops reading waits for it, and so for the model to finish.
+        self._task, response.awrite_response_to_history_task = response.awrite_response_to_history_task, None
+        self._deltas = self._read(response.async_response_gen())
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self._deltas
 
+    async def _read(self, deltas: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield delta
+        if self._task is not None:
+            await self._task
+
     async def aclose(self) -> None:
         """Cancel the engine's task, and close the model's stream."""
-        task, self._response.awrite_response_to_history_task = self._response.awrite_response_to_history_task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         await self._deltas.aclose()
         if self._response.achat_stream is not None:
             await self._response.achat_stream.aclose()

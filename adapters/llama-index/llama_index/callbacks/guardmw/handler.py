@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from hashlib import blake2b
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from llama_index.callbacks.guardmw._asked import Asked, Passed, asked_apart, asked_in_turns, asked_in_words
 from llama_index.callbacks.guardmw._gate import judging
 from llama_index.callbacks.guardmw._turns import turn_of_answer, turn_of_node, turns_of
 from llama_index.callbacks.guardmw._verdicts import Judge, enforced, log, mark
@@ -14,16 +14,17 @@ from llama_index.core.callbacks.base import global_stack_trace
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 
-from guardmw import Conversation, Guard, GuardmwError, Turn
+from guardmw import Conversation, Guard, GuardmwError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from guardmw import Backend
+    from guardmw import Backend, Turn
 
-REMEMBERED = 1024
-"""How many conversations that passed a handler remembers, so as not to judge a chat's history at every turn."""
+UNDER_WAY = 1024
+"""How many calls a handler waits to see end: there are events that never do."""
 
+_NOTHING = Asked((), ())
 _STARTS = (CBEventType.QUERY, CBEventType.RETRIEVE, CBEventType.LLM)
 _ENDS = (CBEventType.RETRIEVE, CBEventType.LLM)
 
@@ -62,10 +63,8 @@ class GuardCallbackHandler(BaseCallbackHandler):
         )
         self._given = g
         self._judge = Judge.of(g)
-        self._passed: dict[bytes, None] = {}
-        # The guard that judged last, with its policy's fingerprint, which is slow to ask for.
-        self._decides: tuple[Guard | None, str] = (None, "")
-        self._asked: dict[str, list[tuple[Turn, ...]]] = {}
+        self._passed = Passed()
+        self._asked: dict[str, Sequence[Turn]] = {}
         self._lock = Lock()
         warnings.warn(_NOT_SEEN, CoverageWarning, stacklevel=2)
 
@@ -98,16 +97,15 @@ class GuardCallbackHandler(BaseCallbackHandler):
         if self._is_judged():
             return event_id
         try:
-            chats = _input(event_type, payload or {})
-            self._enter(chats)
+            asked = _asked(event_type, payload or {})
+            self._enter(asked)
         except GuardmwError as error:
             mark(error)
             raise
         if event_type == CBEventType.LLM:
             with self._lock:
-                self._asked[event_id] = chats
-                # There are events that never end.
-                while len(self._asked) > REMEMBERED:
+                self._asked[event_id] = asked.turns
+                while len(self._asked) > UNDER_WAY:
                     del self._asked[next(iter(self._asked))]
         return event_id
 
@@ -128,7 +126,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
             return
         try:
             if event_type == CBEventType.RETRIEVE:
-                self._enter([(turn_of_node(node),) for node in payload.get(EventPayload.NODES) or ()])
+                self._enter(asked_apart(map(turn_of_node, payload.get(EventPayload.NODES) or ())))
             else:
                 self._leave(payload, event_id)
         except GuardmwError as error:
@@ -146,35 +144,21 @@ class GuardCallbackHandler(BaseCallbackHandler):
         """Whether the guard of this handler judges in the LLM itself what this event tells of."""
         return judging.get() == self._judge
 
-    def _enter(self, chats: Iterable[Sequence[Turn]]) -> None:
-        """Judge every turn of these chats that is not the model's own and has not passed before."""
-        guard = self.guard
-        if self._decides[0] is not guard:
-            self._decides = (guard, guard.policy.fingerprint)
-        fresh = {
-            key: Conversation(tuple(turns))
-            for chat in chats
-            for key, turns in _trials(chat, self._decides[1])
-            if key not in self._passed
-        }
-        if not fresh:
-            return
-        verdicts = guard.screen_many(fresh.values())
-        with self._lock:
-            for key, verdict in zip(fresh, verdicts, strict=True):
-                if verdict.action == "allow" and not verdict.degraded:
-                    self._passed[key] = None
-            while len(self._passed) > REMEMBERED:
-                del self._passed[next(iter(self._passed))]
-        enforced(verdicts)
+    def _enter(self, asked: Asked) -> None:
+        """Judge what of this has not passed before."""
+        if fresh := self._passed.fresh(asked):
+            verdicts = self.guard.screen_many(fresh.values())
+            self._passed.learn(fresh, verdicts)
+            enforced(verdicts)
 
     def _leave(self, payload: Mapping[str, Any], event_id: str) -> None:
         """Judge what a model answered, in the light of what it was asked."""
-        chats = self._asked.pop(event_id, None)
+        context = self._asked.pop(event_id, None)
         response = payload.get(EventPayload.RESPONSE) or payload.get(EventPayload.COMPLETION)
         if response is None:
             return
-        context = [turn for chat in chats or _input(CBEventType.LLM, payload) for turn in chat]
+        if context is None:
+            context = _asked(CBEventType.LLM, payload).turns
         enforced([self.guard.screen(Conversation((*context, turn_of_answer(response))))])
 
 
@@ -182,26 +166,17 @@ guardmw_callback_handler = GuardCallbackHandler
 """The name by which LlamaIndex's callback packages offer their handler."""
 
 
-def _input(event_type: CBEventType, payload: Mapping[str, Any]) -> list[tuple[Turn, ...]]:
-    """The chats in the payload of an event: none, or one."""
+def _asked(event_type: CBEventType, payload: Mapping[str, Any]) -> Asked:
+    """What goes in, by the payload of an event."""
     if event_type != CBEventType.LLM:
         query = payload.get(EventPayload.QUERY_STR)
-        return [(Turn("user", query),)] if query else []
+        return asked_in_words(query) if query else _NOTHING
     if EventPayload.MESSAGES in payload:
-        return [turns_of(payload[EventPayload.MESSAGES])]
+        return asked_in_turns(turns_of(payload[EventPayload.MESSAGES]))
     if EventPayload.PROMPT in payload:
-        return [(Turn("user", payload[EventPayload.PROMPT]),)]
+        return asked_in_words(payload[EventPayload.PROMPT])
     log.warning("an LLM event without messages or a prompt was not judged")
-    return []
-
-
-def _trials(chat: Sequence[Turn], policy: str) -> Iterator[tuple[bytes, Sequence[Turn]]]:
-    """Each turn that is not the model's own with those before it, and a digest of them and of what decides."""
-    digest = blake2b(policy.encode(), digest_size=16)
-    for at, turn in enumerate(chat, start=1):
-        digest.update(repr(turn).encode("utf-8", "surrogatepass"))
-        if turn.role != "assistant":
-            yield digest.digest(), chat[:at]
+    return _NOTHING
 
 
 def _pop(event_id: str) -> None:

@@ -9,7 +9,8 @@ from functools import partial
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from llama_index.callbacks.guardmw._gate import Gate, Input, OnBlock, asked_in_chat, asked_in_words
+from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
+from llama_index.callbacks.guardmw._gate import Gate, Input, OnBlock
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, blocked_by, mark
 from llama_index.callbacks.guardmw.tools import names_of_guarded
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     )
     from contextlib import AbstractContextManager
 
-    from llama_index.callbacks.guardmw._gate import Asked
+    from llama_index.callbacks.guardmw._asked import Asked
     from llama_index.core.base.llms.types import LLMMetadata
     from llama_index.core.llms.llm import ToolSelection
     from llama_index.core.prompts import PromptTemplate
@@ -86,8 +87,9 @@ def guard_llm(
     one; a StructuredLLM stays one, around a guarded LLM.
 
     Every message it is asked with is judged, each with those before it as context, and its answer with the last of
-    them. What passed is remembered (the last 1024 messages). Streams go out sentence by sentence, as they are judged;
-    tool calls when they are complete. In async calls the event loop goes on meanwhile.
+    them. What passed is remembered (the last 1024 messages). A question that is withheld stops the call; once the user
+    has gone on, the LLM reads a note in its place. Streams go out sentence by sentence, as they are judged; tool calls
+    when they are complete. In async calls the event loop goes on meanwhile.
 
     Args:
         llm: an LLM; it is not changed.
@@ -151,14 +153,12 @@ class GuardedLLM(LLM):
 
     @_unspanned
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401, D102
-        return self._call(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.chat, messages, **kwargs)
-        )
+        return self._call(_Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.chat, **kwargs))
 
     @_unspanned
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401, D102
         return await self._acall(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.achat, messages, **kwargs)
+            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.achat, **kwargs)
         )
 
     @_unspanned
@@ -178,7 +178,7 @@ class GuardedLLM(LLM):
         **kwargs: Any,  # noqa: ANN401
     ) -> Generator[ChatResponse, None, None]:
         return self._stream(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.stream_chat, messages, **kwargs)
+            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.stream_chat, **kwargs)
         )
 
     @_unspanned
@@ -188,7 +188,7 @@ class GuardedLLM(LLM):
         **kwargs: Any,  # noqa: ANN401
     ) -> AsyncGenerator[ChatResponse, None]:
         return await self._astream(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.astream_chat, messages, **kwargs)
+            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self._inner.astream_chat, **kwargs)
         )
 
     @_unspanned
@@ -296,62 +296,66 @@ class GuardedLLM(LLM):
     def _messages(self, prompt: PromptTemplate, prompt_args: dict[str, Any]) -> list[ChatMessage]:
         return self._extend_messages(prompt.format_messages(llm=self._inner, **prompt_args))
 
-    def _call(self, call: _Call, run: Callable[[], T]) -> T:
-        asked = call.asked()
-        with self._told(call) as told:
+    def _call(self, call: _Call, run: Callable[..., T]) -> T:
+        gate = self._gate
+        asked = call.asked(gate)
+        with self._told(call, gate) as told:
             try:
-                self._gate.admit(asked, call.reviewed)
+                gate.admit(asked, call.reviewed)
                 try:
-                    answer = run()
+                    answer = run(*call.given(asked))
                 except Exception as error:
-                    self._gate.release(call.quoted(error), asked.context)
+                    gate.release(call.quoted(error), asked.context)
                     raise
-                self._gate.release(call.spoken(answer), asked.context, call.reviewed)
+                gate.release(call.spoken(answer), asked.context, call.reviewed)
             except Blocked as blocked:
-                answer = self._gate.instead(blocked.verdict, call.refusal)
+                answer = gate.instead(blocked.verdict, call.refusal)
             told.end(answer)
         return answer
 
-    async def _acall(self, call: _Call, run: Callable[[], Awaitable[T]]) -> T:
-        asked = call.asked()
-        with self._told(call) as told:
+    async def _acall(self, call: _Call, run: Callable[..., Awaitable[T]]) -> T:
+        gate = self._gate
+        asked = call.asked(gate)
+        with self._told(call, gate) as told:
             try:
-                await self._gate.aadmit(asked, call.reviewed)
+                await gate.aadmit(asked, call.reviewed)
                 try:
-                    answer = await run()
+                    answer = await run(*call.given(asked))
                 except Exception as error:
-                    await self._gate.arelease(call.quoted(error), asked.context)
+                    await gate.arelease(call.quoted(error), asked.context)
                     raise
-                await self._gate.arelease(call.spoken(answer), asked.context, call.reviewed)
+                await gate.arelease(call.spoken(answer), asked.context, call.reviewed)
             except Blocked as blocked:
-                answer = self._gate.instead(blocked.verdict, call.refusal)
+                answer = gate.instead(blocked.verdict, call.refusal)
             told.end(answer)
         return answer
 
-    def _stream(self, call: _Call, run: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
-        asked = call.asked()
-        with self._told(call) as told:
+    def _stream(self, call: _Call, run: Callable[..., Iterable[T]]) -> Generator[T, None, None]:
+        gate = self._gate
+        asked = call.asked(gate)
+        with self._told(call, gate) as told:
             try:
                 # Not in the generator: what goes in is refused where it is asked, not where the answer is read.
-                self._gate.admit(asked, call.reviewed)
-                released = self._gate.stream(run(), asked.context, call.refusal, call.reviewed)
+                gate.admit(asked, call.reviewed)
+                released = gate.stream(run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
-                released = _only(self._gate.instead(blocked.verdict, call.refusal))
+                released = _only(gate.instead(blocked.verdict, call.refusal))
             return told.to_the_end(released)
 
-    async def _astream(self, call: _Call, run: Callable[[], Awaitable[AsyncIterable[T]]]) -> AsyncGenerator[T, None]:
-        asked = call.asked()
-        with self._told(call) as told:
+    async def _astream(self, call: _Call, run: Callable[..., Awaitable[AsyncIterable[T]]]) -> AsyncGenerator[T, None]:
+        gate = self._gate
+        asked = call.asked(gate)
+        with self._told(call, gate) as told:
             try:
-                await self._gate.aadmit(asked, call.reviewed)
-                released = self._gate.astream(await run(), asked.context, call.refusal, call.reviewed)
+                await gate.aadmit(asked, call.reviewed)
+                released = gate.astream(await run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
-                released = _aonly(self._gate.instead(blocked.verdict, call.refusal))
+                released = _aonly(gate.instead(blocked.verdict, call.refusal))
             return told.to_the_end_async(released)
 
-    def _told(self, call: _Call) -> AbstractContextManager[_Told]:
+    def _told(self, call: _Call, gate: Gate) -> AbstractContextManager[_Told]:
         """Tell the callback handlers of this call; it is the caller who says when it has ended."""
-        told = _Told(self.callback_manager, self._gate, call)
+        told = _Told(self.callback_manager, gate, call)
         return self._telling(told, call.trace) if self.callback_manager.handlers else nullcontext(told)
 
     @contextmanager
@@ -431,9 +435,13 @@ class _Chat:
         self._messages = messages
         self._options = options
 
-    def asked(self) -> Asked:
+    def asked(self, gate: Gate) -> Asked:
         """What goes in."""
-        return asked_in_chat(self._messages)
+        return asked_in_chat(self._messages, gate.left_out)
+
+    def given(self, asked: Asked) -> tuple[Any, ...]:
+        """What of it the inner LLM is still to be given."""
+        return (asked.messages,)
 
     def start(self) -> dict[str, Any]:
         """What callback handlers are told before it."""
@@ -462,6 +470,12 @@ class _Chat:
 class _Object(_Chat):
     """A call with messages that is to give an object."""
 
+    def asked(self, _: Gate) -> Asked:
+        return asked_in_chat(self._messages)
+
+    def given(self, _: Asked) -> tuple[Any, ...]:
+        return ()
+
     def end(self, answer: object) -> dict[str, Any]:
         message = ChatMessage(role=MessageRole.ASSISTANT, content=self.spoken(answer))
         return super().end(ChatResponse(message=message, raw=answer))
@@ -487,8 +501,11 @@ class _Completion:
         self._prompt = prompt
         self._options = options
 
-    def asked(self) -> Asked:
+    def asked(self, _: Gate) -> Asked:
         return asked_in_words(self._prompt)
+
+    def given(self, _: Asked) -> tuple[Any, ...]:
+        return ()
 
     def start(self) -> dict[str, Any]:
         return {EventPayload.PROMPT: self._prompt, EventPayload.ADDITIONAL_KWARGS: self._options}

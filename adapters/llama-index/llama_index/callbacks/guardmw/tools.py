@@ -73,9 +73,8 @@ def guard_tool(tool: BaseTool | Callable[..., Any], g: Guard | Backend | str | N
     return _guarded(tool, Judge.of(g))
 
 
-def guard_tools(
-    tools: Iterable[BaseTool | Callable[..., Any]], g: Guard | Backend | str | None = None
-) -> list[AsyncBaseTool]:
+# Agents ask for a list[BaseTool | Callable], LLMs for a Sequence[BaseTool]: no other list is both.
+def guard_tools(tools: Iterable[BaseTool | Callable[..., Any]], g: Guard | Backend | str | None = None) -> list[Any]:
     """``guard_tool`` for several, with one guard.
 
     Raises: as guard_tool.
