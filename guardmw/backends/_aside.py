@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 
-_TURNS = 20
+_TURNS, _TURN_S = 10, 0.003
 
 
 class Held(Protocol):
@@ -127,9 +127,10 @@ class _Running(Generic[H]):
         await asyncio.gather(*works, return_exceptions=True)
         if self._held is not None:
             await self._held.aclose()
-        # A closed transport lets go of its socket some turns of the loop later.
+        # A closed transport lets go of its socket some turns of the loop later, one in a TLS handshake after the
+        # selector has been asked again.
         for _ in range(_TURNS):
-            await asyncio.sleep(0)
+            await asyncio.sleep(_TURN_S)
 
 
 class _Closed:
