@@ -158,6 +158,13 @@ def read(answer: object) -> Reply:
     return Reply(text, _tokens(choice.get("logprobs")), cut=ended == _CUT)
 
 
+def ran_out(answer: object, reply: Reply, most: int) -> bool:
+    """Whether an answer was cut before ``most`` tokens: vLLM makes do with what a long prompt leaves of the context."""
+    used = answer.get("usage") if isinstance(answer, dict) else None
+    wrote = used.get("completion_tokens") if isinstance(used, dict) else None
+    return reply.cut and isinstance(wrote, int) and wrote < most
+
+
 def begins_anew(reply: Reply, prefill: str) -> bool:
     """Whether a server did not go on from the beginning of an answer: one that does not know how just ignores it."""
     start = reply.text.lstrip()

@@ -260,7 +260,10 @@ class _Server:
             if answer.status != _OK:
                 manner = _changed(manner, answer)
                 continue
-            reply = _completions.read(_completions.value(answer.body))
+            given = _completions.value(answer.body)
+            reply = _completions.read(given)
+            if _completions.ran_out(given, reply, sent[manner.limit]):
+                raise _TooLong
             if request.messages and request.prefill:
                 if manner.prefill and _completions.begins_anew(reply, request.prefill):
                     manner = replace(manner, prefill=False)

@@ -418,6 +418,24 @@ class TestLongText:
         server.behave = behave
         assert Guard(backend()).screen("good " * 1_000).action == "allow"
 
+    @pytest.mark.parametrize(("wrote", "windows"), [(3, 2), (100, 0), (None, 0)])
+    def test_an_answer_for_which_there_was_no_room_is_no_answer(
+        self, server: Any, backend: Any, fake: Any, wrote: int | None, windows: int
+    ) -> None:
+        """Servers cut it short where the prompt just fits; one that used all that it was allowed has no such excuse."""
+
+        async def behave(seen: Any, writer: asyncio.StreamWriter) -> None:
+            if len(seen.text) < 3_000:
+                await fake.well(seen, writer)
+                return
+            answer = fake.completion("saf", ended="length")
+            writer.write(fake.whole(200, answer | {"usage": {"completion_tokens": wrote} if wrote else None}))
+
+        server.behave = behave
+        [verdict] = Guard(backend(dialect=fake.OneWord(max_tokens=100))).screen_many(["good " * 1_000])
+        assert verdict.action == ("allow" if windows else "block")
+        assert verdict.coverage.windows == windows
+
     def test_a_model_that_takes_nothing_lets_nothing_through(self, server: Any, backend: Any, fake: Any) -> None:
         """The pieces end somewhere, and so do the tries."""
         server.behave = fake.answering(400, {"error": {"code": "context_length_exceeded"}})
