@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -690,16 +689,15 @@ def _serve_model(args: argparse.Namespace) -> int:
 
     made = _command.command(args.model, _command.gpu(), host=args.host, port=args.port)
     if args.run:
-        _become(made.words, made.environment)
+        _become(_command.program(), made.words, made.environment)
     for reason in made.why:
         print(f"# {reason}")
     print(shlex.join([*(f"{name}={value}" for name, value in made.environment.items()), *made.words]))
-    print(f"# then: --backend vllm:http://{args.host}:{args.port}/v1#{args.model}")
+    print(f"# then: --backend vllm:http://{args.host}:{args.port}/v1#{_command.served(args.model)}")
     return 0
 
 
-def _become(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    program = shutil.which(words[0])
+def _become(program: str | None, words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     if program is None:
         raise GuardmwError(
             "vllm is not on the PATH: pip install 'guardmw[vllm]', or run what this prints without --run"

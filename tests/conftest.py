@@ -1,14 +1,15 @@
-"""What the tests share: tiny model folders of the dual-head shape, whose every answer is known beforehand.
+"""What the tests share: tiny model folders, made on the spot.
 
-The model reads one token at a time: a text is unsafe, and violent, where a token is ``evil``, and an injection where
-one is ``ignore``. Padding that the mask does not cover, and context that the segments do not mark, would count too.
+Those of the dual-head shape answer what is known beforehand. Such a model reads one token at a time: a text is unsafe,
+and violent, where a token is ``evil``, and an injection where one is ``ignore``. Padding that the mask does not cover,
+and context that the segments do not mark, would count too. Those that write are random, for tests with torch.
 """
 
 from __future__ import annotations
 
 import json
 import string
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from guardmw.taxonomy import CATEGORIES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 # No test is timed: hypothesis would otherwise fail one that a busy machine made slow.
@@ -43,6 +44,17 @@ VOCABULARY = {
 CARD: dict[str, Any] = {"name": "tiny", "max_tokens": 32, "overlap": 8}
 YES, NO = 4.0, -4.0
 """Logits; 0.98 and 0.02 as probabilities."""
+_TURNS = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+)
+# As Qwen3's, without its tools: thoughts unless told otherwise.
+QWEN = (
+    _TURNS + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+PLAIN = _TURNS + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 
 
 class MakeArtefact(Protocol):
@@ -151,3 +163,85 @@ def graph(*, segments: bool, injection: bool, length: int | None, bias: float) -
     model.ir_version = 10  # what onnxruntime 1.20 reads
     onnx.checker.check_model(model)
     return model
+
+
+def tokenizer(
+    texts: Iterable[str],
+    template: str | None,
+    *,
+    special: tuple[str, ...] = (),
+    merged: tuple[str, ...] = (),
+    vocabulary: int = 2000,
+    **more: Any,
+) -> Any:
+    """Byte-level BPE that was trained on some texts, of transformers.
+
+    Args:
+        texts: to train on.
+        template: of chats.
+        special: tokens besides those of Qwen's turns.
+        merged: tokens that it has besides what it learnt.
+        vocabulary: of how many tokens, those of ``merged`` not counted.
+        more: arguments of the tokenizer.
+    """
+    from tokenizers import decoders, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    pad, start, end = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[pad, start, end, *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    made.add_tokens([*merged])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, **{"eos_token": end, "pad_token": pad, "chat_template": template} | more
+    )
+
+
+def writer(folder: Path, spoken: Any, kind: str = "qwen", **shape: Any) -> Path:
+    """A folder with a tokenizer and a random model that writes, in the shape of Qwen3 or of Llama."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    given = {
+        "vocab_size": len(spoken),
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": spoken.eos_token_id,
+        "pad_token_id": spoken.pad_token_id,
+    } | shape
+    torch.manual_seed(0)
+    made = Qwen3ForCausalLM(Qwen3Config(**given)) if kind == "qwen" else LlamaForCausalLM(LlamaConfig(**given))
+    made.save_pretrained(folder)
+    spoken.save_pretrained(folder)
+    return folder
+
+
+class Writers(NamedTuple):
+    """What makes models that write, for tests, which import nothing of each other."""
+
+    QWEN: str = QWEN
+    PLAIN: str = PLAIN
+    tokenizer: Any = staticmethod(tokenizer)
+    make: Any = staticmethod(writer)
+
+
+@pytest.fixture(scope="session")
+def writers() -> Writers:
+    """The parts."""
+    return Writers()

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +60,15 @@ def command(model: str, gpu: Gpu | None, *, host: str = "127.0.0.1", port: int =
         host: an address to listen on.
         port: of that.
     """
-    words = ["vllm", "serve", model, "--host", host, "--port", str(port), "--served-model-name", model]
-    words += ["--async-scheduling", "--max-model-len", str(_context(model))]
+    words = ["vllm", "serve", model, "--host", host, "--port", str(port), "--served-model-name", served(model)]
+    # A model's own settings may punish repetition, and the words of a verdict stand in every prompt.
+    words += ["--async-scheduling", "--generation-config", "vllm", "--max-model-len", str(_context(model))]
     if gpu is None:
-        # Compiled or not makes no difference to its speed, and a minute to its start.
-        cpu = ("no GPU: --enforce-eager, for a quicker start, and 1 GiB for keys and values",)
-        return Command((*words, "--enforce-eager"), {"VLLM_CPU_KVCACHE_SPACE": "1"}, cpu)
+        # Compiled or not makes no difference to its speed, and a minute to its start; and what tells logprobs would be
+        # compiled in the midst of the first question, by a C++ compiler that need not be there.
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1"}
+        cpu = ("no GPU: nothing is compiled, for a quicker start and first answer, and 1 GiB is for keys and values",)
+        return Command((*words, "--enforce-eager"), environment, cpu)
     size, why_size = _size(model)
     fp8 = gpu.capability >= _FP8 and "fp8" not in model.lower()
     weights = size * (1 if fp8 else 2) * 1.1
@@ -79,12 +83,22 @@ def command(model: str, gpu: Gpu | None, *, host: str = "127.0.0.1", port: int =
     return Command(tuple(words), {}, why)
 
 
+def served(model: str) -> str:
+    """What a model is called by those who ask it: a folder by its name, for where it lies is nobody's business."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def program() -> str | None:
+    """Where vLLM's command is: on the PATH, or beside this Python, whose environment need not be on it."""
+    return shutil.which("vllm") or shutil.which("vllm", path=str(Path(sys.executable).parent))
+
+
 def gpu() -> Gpu | None:
     """The first device that the driver tells of; None without one."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    found = shutil.which("nvidia-smi")
+    if found is None:
         return None
-    query = [program, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    query = [found, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S603 - fixed
     except (OSError, subprocess.SubprocessError):

@@ -45,12 +45,14 @@ class Manner:
         limit: what it calls the most tokens of an answer.
         temperature: whether it takes one.
         prefill: whether it goes on from the beginning of an answer.
+        lead: what the model's template puts before an answer, and leaves out before the beginning of one.
     """
 
     alternatives: int = _MOST_ALTERNATIVES
     limit: str = "max_tokens"
     temperature: bool = True
     prefill: bool = True
+    lead: str = ""
 
     def after(self, refusal: str) -> Manner | None:
         """What to try once it refused to be asked in this manner; None where the manner is not at fault."""
@@ -81,13 +83,25 @@ def body(model: str, request: Request, manner: Manner, salt: str) -> tuple[str, 
         return "completions", sent | ({"logprobs": alternatives} if alternatives else {})
     messages = [{"role": message.role, "content": message.content} for message in request.messages]
     if request.prefill and prefilled:
-        messages.append({"role": "assistant", "content": request.prefill})
+        messages.append({"role": "assistant", "content": manner.lead + request.prefill})
         sent |= {"add_generation_prompt": False, "continue_final_message": True}
     if alternatives:
         sent |= {"logprobs": True, "top_logprobs": alternatives}
     if request.template:
         sent["chat_template_kwargs"] = dict(request.template)
     return "chat/completions", sent | {"messages": messages}
+
+
+def shown(request: Request, lead: str | None) -> dict[str, Any]:
+    """What asks vLLM for the tokens that a model is shown, of some other text; ``lead`` as Manner's, None for none.
+
+    It is None where the model is to begin the answer itself.
+    """
+    messages = [{"role": "user", "content": "x"}]
+    if lead is not None:
+        messages.append({"role": "assistant", "content": lead + request.prefill})
+    begins = {"add_generation_prompt": lead is None, "continue_final_message": lead is not None}
+    return {"messages": messages, "chat_template_kwargs": dict(request.template), **begins}
 
 
 def encoded(sent: Mapping[str, Any]) -> bytes:
@@ -114,6 +128,15 @@ def value(given: bytes) -> Any:  # noqa: ANN401 - any JSON value
     raise BackendError("the answer is no JSON")
 
 
+def told(given: bytes, key: str) -> Any:  # noqa: ANN401 - any JSON value
+    """One value of an answer that is a JSON object; None where it is not there."""
+    try:
+        answer = value(given)
+    except BackendError:
+        return None
+    return answer.get(key) if isinstance(answer, dict) else None
+
+
 def read(answer: object) -> Reply:
     """The reply in an answer.
 
@@ -133,6 +156,13 @@ def read(answer: object) -> Reply:
     if not isinstance(text, str):
         raise BackendError("the answer's text is none")
     return Reply(text, _tokens(choice.get("logprobs")), cut=ended == _CUT)
+
+
+def ran_out(answer: object, reply: Reply, most: int) -> bool:
+    """Whether an answer was cut before ``most`` tokens: vLLM makes do with what a long prompt leaves of the context."""
+    used = answer.get("usage") if isinstance(answer, dict) else None
+    wrote = used.get("completion_tokens") if isinstance(used, dict) else None
+    return reply.cut and isinstance(wrote, int) and wrote < most
 
 
 def begins_anew(reply: Reply, prefill: str) -> bool:

@@ -107,6 +107,11 @@ class Http:
             await asyncio.sleep(wait)
             pause *= 2
 
+    async def peek(self, path: str, body: bytes) -> Answer:
+        """What is answered to one try, of something that a server need not have; status 0 if it may be in a while."""
+        came = await self._once(path, body)
+        return came if isinstance(came, Answer) else Answer(0 if came.again else came.status)
+
     def _connected(self) -> httpx.AsyncClient:
         client = httpx.AsyncClient(
             base_url=self._address.url + "/",
@@ -172,24 +177,27 @@ class Http:
             if status != httpx.codes.OK:
                 return self._failed(status, response.headers)
             if response.headers.get("content-encoding", "identity").lower() != "identity":
-                return self._bad("answers compressed, which it was not asked to")
+                return self._bad("answers compressed, which it was not asked to", status)
             read = await _read(response, _LONGEST_ANSWER + 1)
         if len(read) > _LONGEST_ANSWER:
-            return self._bad(f"answers with more than {_LONGEST_ANSWER // 2**20} MiB")
+            return self._bad(f"answers with more than {_LONGEST_ANSWER // 2**20} MiB", status)
         return Answer(status, read)
 
-    def _bad(self, what: str) -> _Failure:
-        return _Failure(BackendError(f"{self._address.url} {what}"))
+    def _bad(self, what: str, status: int) -> _Failure:
+        return _Failure(BackendError(f"{self._address.url} {what}"), status)
 
     def _failed(self, status: int, headers: Mapping[str, str]) -> _Failure:
         said = f"{self._address.url} answers {status}"
         if status in _BUSY:
-            return _Failure(BackendUnavailable(said), again=True, wait=retry_after(headers.get("retry-after", "")))
+            wait = retry_after(headers.get("retry-after", ""))
+            return _Failure(BackendUnavailable(said), status, again=True, wait=wait)
         if status in (401, 403):
-            return _Failure(BackendUnavailable(f"{said}: it does not take the API key; {self._address.key_from}"))
+            said += f": it does not take the API key; {self._address.key_from}"
+            return _Failure(BackendUnavailable(said), status)
         if status == httpx.codes.NOT_FOUND:
-            return _Failure(BackendUnavailable(f"{said}: it has no such model, or its address is another (…/v1)"))
-        return _Failure(BackendError(said))
+            said += ": it has no such model, or its address is another (…/v1)"
+            return _Failure(BackendUnavailable(said), status)
+        return _Failure(BackendError(said), status)
 
     def _broken(self, error: Exception) -> _Failure:
         url = self._address.url
@@ -210,11 +218,13 @@ class _Failure:
     """Why there is no answer.
 
     Attributes:
+        status: of an answer; 0 where there was none.
         again: another try may fare better.
         wait: seconds that the server wants to be left alone.
     """
 
     error: BackendError
+    status: int = 0
     again: bool = False
     wait: float | None = None
 

@@ -166,6 +166,7 @@ class _Server:
         self._manner = Manner()
         self._at_once = address.connections
         self._learning = asyncio.Lock()
+        self._looked = not address.url.endswith("/v1")
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -250,6 +251,8 @@ class _Server:
 
     async def _ask(self, request: Request, call: _Call) -> Reply:
         """Ask in the manner that the server is known to like, and in another where it turns out not to."""
+        if request.messages and request.prefill and not self._looked:
+            await self._look(request)
         known = manner = self._manner
         while True:
             path, sent = _completions.body(self._model or "", request, manner, call.salt)
@@ -257,7 +260,10 @@ class _Server:
             if answer.status != _OK:
                 manner = _changed(manner, answer)
                 continue
-            reply = _completions.read(_completions.value(answer.body))
+            given = _completions.value(answer.body)
+            reply = _completions.read(given)
+            if _completions.ran_out(given, reply, sent[manner.limit]):
+                raise _TooLong
             if request.messages and request.prefill:
                 if manner.prefill and _completions.begins_anew(reply, request.prefill):
                     manner = replace(manner, prefill=False)
@@ -267,6 +273,38 @@ class _Server:
             if manner != known:
                 self._manner = manner
             return reply
+
+    async def _look(self, request: Request) -> None:
+        """Have the beginning of an answer stand where the model would begin, as far as the server shows.
+
+        Templates put something before an answer, an empty thought as a rule, and may leave it out where an answer has
+        begun, or the other way round. Nothing of a text that is to be judged is sent.
+        """
+        async with self._learning:
+            if self._looked:
+                return
+            anew, lead = await self._shown(request, None), ""
+            begun = anew and await self._shown(request, lead)
+            if anew and begun and begun != anew + request.prefill:
+                lead = anew.removeprefix(begun.removesuffix(request.prefill))
+                begun = await self._shown(request, lead)
+            if anew and begun:
+                right = begun == anew + request.prefill
+                self._manner = replace(self._manner, lead=lead) if right else replace(self._manner, prefill=False)
+            self._looked = "" not in (anew, begun)
+
+    async def _shown(self, request: Request, lead: str | None) -> str | None:
+        """The text that the model is shown, as vLLM tells it; None where the server does not, "" where not now."""
+        sent: dict[str, Any] = _completions.shown(request, lead)
+        told: Any = None
+        for path, wanted in (("/tokenize", "tokens"), ("/detokenize", "prompt")):
+            body = _completions.encoded({"model": self._model, **sent})
+            answer = await self._http.peek(self._url.removesuffix("/v1") + path, body)
+            told = _completions.told(answer.body, wanted) if answer.status == _OK else None
+            if not told:
+                return None if answer.status else ""
+            sent = {"tokens": told}
+        return told if isinstance(told, str) else None
 
 
 def _changed(manner: Manner, answer: Answer) -> Manner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
@@ -33,7 +34,7 @@ class EngineBackend:
     Args:
         model: a local folder, or OWNER/NAME of the Hugging Face hub.
         dialect: how it is asked, as an object or by name; by default what its name says.
-        name: what verdicts call it; by default ``model``.
+        name: what verdicts call it; by default its folder's or its own.
         options: more arguments of ``vllm.LLM``: quantization, gpu_memory_utilization, max_model_len, revision, …
 
     Raises:
@@ -49,12 +50,13 @@ class EngineBackend:
         name: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name = name or model
+        self.name = name or (Path(model).resolve().name if Path(model).is_dir() else model)
         self._dialect = dialects.named(dialect) if isinstance(dialect, str) else dialect or dialects.of_model(model)
         try:
             self._engine = vllm.LLM(model, **dict(options or {}))
         except Exception as error:
-            raise ArtefactError(f"{model} cannot be loaded by vLLM: {type(error).__name__}") from error
+            # Nothing was screened yet that the message could quote, and it tells what to set.
+            raise ArtefactError(f"{model} cannot be loaded by vLLM: {type(error).__name__}: {error}") from error
         self._tokenizer = self._engine.get_tokenizer()
         self._context: int = self._engine.llm_engine.model_config.max_model_len
         self._lock = threading.Lock()

@@ -67,9 +67,11 @@ def judged(seen: Seen) -> dict[str, Any]:
 
 
 class Server:
-    """Listens on a port of its own; ``behave`` answers what ``/v1/models`` does not.
+    """Listens on a port of its own; ``behave`` answers what is asked of the model.
 
     Attributes:
+        template: shows a prompt as vLLM does, from messages and whether the last of them goes on; None where the server
+            has no such thing.
         seen: requests, in order.
         opened: connections, ever.
         open: connections now.
@@ -79,6 +81,7 @@ class Server:
     def __init__(self) -> None:
         self.behave: Behaviour = well
         self.models: object = {"data": [{"id": MODEL}]}
+        self.template: Callable[[Any, bool], str] | None = None
         self.seen: list[Seen] = []
         self.opened = self.open = self.most = 0
         self.port = 0
@@ -96,7 +99,7 @@ class Server:
     @property
     def asked(self) -> list[Seen]:
         """Completions that were asked for."""
-        return [seen for seen in self.seen if seen.method == "POST"]
+        return [seen for seen in self.seen if seen.path.endswith("completions")]
 
     async def well(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
         """Behave again."""
@@ -117,6 +120,14 @@ class Server:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def _shown(self, body: Any) -> bytes:
+        if self.template is None:
+            return whole(404, {})
+        if "tokens" in body:
+            return whole(200, {"prompt": "".join(map(chr, body["tokens"]))})
+        assert body["add_generation_prompt"] is not body["continue_final_message"]
+        return whole(200, {"tokens": [*map(ord, self.template(body["messages"], body["continue_final_message"]))]})
 
     def _do(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -142,6 +153,8 @@ class Server:
                 self.seen.append(seen)
                 if seen.path == "/v1/models":
                     writer.write(whole(200, self.models))
+                elif seen.path in ("/tokenize", "/detokenize"):
+                    writer.write(self._shown(seen.body))
                 else:
                     await self.behave(seen, writer)
                 await writer.drain()

@@ -257,6 +257,59 @@ class TestFeatures:
         assert sent["messages"][-1] == {"role": "assistant", "content": '{"Safety": "'}
         assert (sent["continue_final_message"], sent["add_generation_prompt"], sent["max_tokens"]) == (True, False, 1)
 
+    @pytest.mark.parametrize(
+        ("before_answer", "before_beginning", "goes_on"),
+        [("", "", ""), ("<think></think>", "", "<think></think>"), ("", "<think></think>", None)],
+    )
+    def test_a_beginning_stands_where_the_model_would_begin(
+        self, server: Any, backend: Any, fake: Any, *, before_answer: str, before_beginning: str, goes_on: str | None
+    ) -> None:
+        """Whatever the template puts before either; if it cannot stand there, the whole answer is asked for."""
+
+        def template(messages: Any, begun: bool) -> str:
+            assert "EVIL" not in str(messages)
+            said = "".join(
+                f"[{one['role']}]" + before_beginning * bool(at) + one["content"] for at, one in enumerate(messages)
+            )
+            return said if begun else f"{said}[assistant]{before_answer}"
+
+        server.template = template
+        made = backend(dialect=fake.OneWord(prefill="{"))
+        for _ in range(2):
+            made.classify([Conversation.of("EVIL")] * 3) if goes_on is not None else Guard(made).screen("EVIL")
+        sent = server.asked[-1].body["messages"][1:]
+        assert sent == ([] if goes_on is None else [{"role": "assistant", "content": goes_on + "{"}])
+        assert len([seen for seen in server.seen if seen.path == "/tokenize"]) == (2 if goes_on == "" else 3)
+
+    def test_a_server_that_is_busy_shows_its_template_later(self, server: Any, backend: Any, fake: Any) -> None:
+        """And is not taken for one that has none."""
+        status = [503]
+
+        def template(messages: Any, begun: bool) -> str:
+            return "".join(f"[{one['role']}]{one['content']}" for one in messages) + "[assistant]:" * (not begun)
+
+        real = type(server)._shown
+        fake.patch.setattr(
+            type(server), "_shown", lambda self, body: fake.whole(status.pop(), {}) if status else real(self, body)
+        )
+        server.template = template
+        made = backend(dialect=fake.OneWord(prefill="{"))
+        for _ in range(2):
+            made.classify([Conversation.of("EVIL")])
+        assert [seen.body["messages"][1]["content"] for seen in server.asked] == ["{", ":{"]
+
+    @pytest.mark.parametrize("told", [{}, {"tokens": []}, {"tokens": [1]}, [], b"no JSON"])
+    def test_what_a_server_does_not_show_is_taken_to_be_right(
+        self, server: Any, backend: Any, fake: Any, told: object
+    ) -> None:
+        """Other servers have something else of that name, or nothing."""
+        fake.patch.setattr(type(server), "_shown", lambda *_: fake.whole(200, told))
+        made = backend(dialect=fake.OneWord(prefill="{"))
+        for _ in range(2):
+            made.classify([Conversation.of("EVIL")])
+        assert server.asked[-1].body["messages"][1]["content"] == "{"
+        assert len([seen for seen in server.seen if "tokenize" in seen.path]) <= 2
+
     @pytest.mark.parametrize("refuses", [True, False])
     def test_a_server_that_does_not_go_on(self, server: Any, backend: Any, fake: Any, refuses: bool) -> None:
         """Whether it says so or begins anew: it is asked for the whole answer, and the beginning taken off."""
@@ -364,6 +417,24 @@ class TestLongText:
 
         server.behave = behave
         assert Guard(backend()).screen("good " * 1_000).action == "allow"
+
+    @pytest.mark.parametrize(("wrote", "windows"), [(3, 2), (100, 0), (None, 0)])
+    def test_an_answer_for_which_there_was_no_room_is_no_answer(
+        self, server: Any, backend: Any, fake: Any, wrote: int | None, windows: int
+    ) -> None:
+        """Servers cut it short where the prompt just fits; one that used all that it was allowed has no such excuse."""
+
+        async def behave(seen: Any, writer: asyncio.StreamWriter) -> None:
+            if len(seen.text) < 3_000:
+                await fake.well(seen, writer)
+                return
+            answer = fake.completion("saf", ended="length")
+            writer.write(fake.whole(200, answer | {"usage": {"completion_tokens": wrote} if wrote else None}))
+
+        server.behave = behave
+        [verdict] = Guard(backend(dialect=fake.OneWord(max_tokens=100))).screen_many(["good " * 1_000])
+        assert verdict.action == ("allow" if windows else "block")
+        assert verdict.coverage.windows == windows
 
     def test_a_model_that_takes_nothing_lets_nothing_through(self, server: Any, backend: Any, fake: Any) -> None:
         """The pieces end somewhere, and so do the tries."""

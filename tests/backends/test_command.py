@@ -58,7 +58,7 @@ def test_a_cpu_starts_quickly_and_keeps_its_memory() -> None:
     """Nothing is compiled."""
     made = command(MODEL, None, host="0.0.0.0", port=9)  # noqa: S104 - what a user may want
     assert "--enforce-eager" in made.words
-    assert made.environment == {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    assert made.environment == {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1"}
     assert made.words[made.words.index("--port") + 1] == "9"
     assert "--gpu-memory-utilization" not in made.words
 
@@ -102,16 +102,37 @@ def test_the_command_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch:
     lines = capsys.readouterr().out.splitlines()
     [line] = [line for line in lines if not line.startswith("#")]
     words = shlex.split(line)
-    assert words[0] == "VLLM_CPU_KVCACHE_SPACE=1"
-    assert words[1:4] == ["vllm", "serve", "my models/guard"]
+    assert words[:2] == ["VLLM_CPU_KVCACHE_SPACE=1", "TORCH_COMPILE_DISABLE=1"]
+    assert words[2:5] == ["vllm", "serve", "my models/guard"]
     assert "# then: --backend vllm:http://127.0.0.1:9000/v1#my models/guard" in lines
 
 
-def test_the_command_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In the place of this process, with what its environment is to hold."""
+def test_a_folder_is_served_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it lies stays out of specs and verdicts."""
+    monkeypatch.setattr(_command, "gpu", lambda: None)
+    (tmp_path / "miniguard").mkdir()
+    words = command(f"{tmp_path}/miniguard/", None).words
+    assert words[words.index("--served-model-name") + 1] == "miniguard"
+    assert main(["serve-model", str(tmp_path / "miniguard")]) == 0
+    assert capsys.readouterr().out.endswith("/v1#miniguard\n")
+
+
+def test_settings_that_a_model_brings_do_not_bend_its_answers() -> None:
+    """Such as a punishment of words that stand in the prompt already, as those of a verdict do."""
+    words = command(MODEL, H100).words
+    assert words[words.index("--generation-config") + 1] == "vllm"
+
+
+@pytest.mark.parametrize("on_the_path", [True, False])
+def test_the_command_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_the_path: bool) -> None:
+    """In the place of this process, with what its environment is to hold; beside this Python is near enough."""
     (tmp_path / "vllm").write_text("", encoding="utf-8")
     (tmp_path / "vllm").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    elsewhere = str(tmp_path / "elsewhere")
+    monkeypatch.setenv("PATH", str(tmp_path) if on_the_path else elsewhere)
+    monkeypatch.setattr(sys, "executable", f"{elsewhere if on_the_path else tmp_path}/python")
     ran = []
 
     def become(*given: object) -> None:
@@ -124,7 +145,7 @@ def test_the_command_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert program == str(tmp_path / "vllm")
     assert words[:3] == ["vllm", "serve", MODEL]
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
-    assert environment["PATH"] == str(tmp_path)
+    assert environment["PATH"] == os.environ["PATH"]
 
 
 def test_a_missing_vllm_is_named(
@@ -132,5 +153,6 @@ def test_a_missing_vllm_is_named(
 ) -> None:
     """With what installs it."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert main(["serve-model", MODEL, "--run"]) == 2
     assert "pip install 'guardmw[vllm]'" in capsys.readouterr().err

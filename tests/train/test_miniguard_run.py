@@ -25,17 +25,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.torch
 
 WORDS = ("bread", "flour", "water", "salt", "yeast", "oven", "rest", "bake")
-_TURNS = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-)
-# As Qwen3's, without its tools: thoughts unless told otherwise.
-QWEN = (
-    _TURNS + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
-    "{%- endif %}"
-)
-PLAIN = _TURNS + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 
 
 def texts() -> list[str]:
@@ -47,67 +36,23 @@ def texts() -> list[str]:
     return [asked(Conversation.of(" ".join(WORDS))).messages[0].content, f"{' '.join(WORDS)} evil", *said] * 4
 
 
-def tokenizer(template: str | None, merged: tuple[str, ...]) -> Any:
-    """Byte-level BPE, with more tokens if need be."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    made.decoder = decoders.ByteLevel()
-    pad, start, end = special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        texts(),
-        trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    assert start in made.get_vocab()
-    made.add_tokens([*merged])
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, pad_token=pad, chat_template=template)
-
-
-def build(folder: Path, kind: str, template: str | None, *, merged: tuple[str, ...] = ()) -> Path:
-    """A folder with a random model in the shape of Qwen3 or of Llama."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    spoken = tokenizer(template, merged)
-    shape = {
-        "vocab_size": len(spoken),
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": spoken.eos_token_id,
-        "pad_token_id": spoken.pad_token_id,
-    }
-    torch.manual_seed(0)
-    made = (
-        Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=12))
-        if kind == "qwen"
-        else LlamaForCausalLM(LlamaConfig(**shape))
-    )
-    made.save_pretrained(folder)
-    spoken.save_pretrained(folder)
-    return folder
+def build(writers: Any, folder: Path, kind: str, template: str | None, *, merged: tuple[str, ...] = ()) -> Path:
+    """A folder with a random model that knows the words of the task."""
+    made: Path = writers.make(folder, writers.tokenizer(texts(), template, merged=merged), kind)
+    return made
 
 
 @pytest.fixture(scope="module", params=["qwen", "llama"])
-def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, writers: Any) -> Path:
     """A model with a switch for thoughts, and one without."""
-    return build(tmp_path_factory.mktemp(request.param), request.param, QWEN if request.param == "qwen" else PLAIN)
+    template = writers.QWEN if request.param == "qwen" else writers.PLAIN
+    return build(writers, tmp_path_factory.mktemp(request.param), request.param, template)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, writers: Any) -> Path:
     """A model that knows nothing."""
-    return build(tmp_path_factory.mktemp("base"), "qwen", QWEN)
+    return build(writers, tmp_path_factory.mktemp("base"), "qwen", writers.QWEN)
 
 
 @pytest.fixture(scope="module")
@@ -215,21 +160,23 @@ def test_a_trace_is_a_task_of_its_own(either: Path) -> None:
     ("template", "merged", "said"),
     [
         (None, (), "chat template"),
-        (QWEN, ('"safe', '"unsafe'), "'safe' and 'unsafe'"),
-        (PLAIN + "{{ strftime_now('%d') }}", (), "date"),
+        ("QWEN", ('"safe', '"unsafe'), "'safe' and 'unsafe'"),
+        ("PLAIN{{ strftime_now('%d') }}", (), "date"),
     ],
 )
 def test_a_model_that_could_not_be_served_is_refused_at_once(
     template: str | None,
     merged: tuple[str, ...],
     said: str,
+    writers: Any,
     pool: Path,
-    tmp_path: Path,
     *,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Without a template, with verdicts that no one token tells, with another prompt every day."""
-    odd = build(tmp_path / "odd", "llama", template, merged=merged)
+    spoken = template and template.replace("QWEN", writers.QWEN).replace("PLAIN", writers.PLAIN)
+    odd = build(writers, tmp_path / "odd", "llama", spoken, merged=merged)
     assert train(recipe(tmp_path, pool, odd), tmp_path / "run") == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
