@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -80,7 +81,10 @@ _SPEAKERS: dict[Stage, Role] = {
 _BYTES = (bytes, bytearray, memoryview)
 _WORDLESS = (type(None), Number, date, time, timedelta, UUID)
 # Beside the text, providers put identifiers and ciphertexts, which nobody reads (and in which there are no spaces).
+_LONGEST_NAME = 64
 _MARKS = frozenset({"id", "call_id", "tool_call_id", "type", "index", "status", "encrypted_content", "mime_type"})
+_MARK = re.compile(r"[!-~]{0,64}")
+_CIPHERTEXT = re.compile(r"[!-~]*")
 _CIPHERS = ("redacted_thinking",)
 _MEDIA = ("image", "audio", "video", "file", "document", "media")
 # Where providers put the arguments of a call; what has streamed is in the last, and the others are empty.
@@ -164,7 +168,8 @@ def is_plain(message: BaseMessage) -> bool:
 
 def is_name(text: str) -> bool:
     """Whether a key or a name is one that a programmer gives; another may be anybody's text."""
-    return text.replace("-", "_").replace(".", "_").isidentifier()
+    # Whole sentences are identifiers in scripts that do without spaces.
+    return text.isascii() and len(text) <= _LONGEST_NAME and text.replace("-", "_").replace(".", "_").isidentifier()
 
 
 def within(context: tuple[Turn, ...], conversation: Conversation) -> Conversation:
@@ -505,8 +510,11 @@ def _strings(value: object, path: Kind = ()) -> Iterator[tuple[Kind, str | None]
 
 def _block(block: Mapping[Any, Any], path: Kind) -> Iterator[tuple[Kind, str | None]]:
     kind = block.get("type")
-    if kind in _CIPHERS:
-        return
+    if kind in _CIPHERS and not path:
+        block = {key: item for key, item in block.items() if key != "data"}
+    keys = [key for key in block if isinstance(key, str) and not is_name(key)]
+    if keys:
+        yield (*path, "keys"), "\n".join(keys)
     if isinstance(kind, str):
         path = (*path, kind)
         if not kind.endswith("_call") and any(word in kind for word in _MEDIA):
@@ -518,4 +526,6 @@ def _block(block: Mapping[Any, Any], path: Kind) -> Iterator[tuple[Kind, str | N
 
 
 def _is_mark(key: str, item: object) -> bool:
-    return isinstance(item, str) and (key in _MARKS or "signature" in key) and len(item.split()) <= 1
+    """Whether it is one word that a machine gives, or a ciphertext; no sentence of a script without spaces is."""
+    form = _CIPHERTEXT if "signature" in key or key == "encrypted_content" else _MARK
+    return isinstance(item, str) and (key in _MARKS or "signature" in key) and form.fullmatch(item) is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llama_index.callbacks.guardmw._turns import ROLES, only_text, read_block, tool_calls
+from llama_index.callbacks.guardmw._turns import ARGUMENTS, ROLES, only_text, read_block, tool_calls
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 from llama_index.core.bridge.pydantic import BaseModel
 
@@ -27,7 +28,9 @@ _THINKING: Channel = ("thinking",)
 
 # What stands beside the text of a message: identifiers, which nobody reads, and what is read elsewhere or is a picture.
 _MARKS = ("id", "call_id", "tool_call_id", "response_id", "type", "index", "status", "finish_reason", "stop_reason")
-_ELSEWHERE = ("tool_calls", "function_call", "images", "thinking_delta")
+_MARK = re.compile(r"[!-~]{0,64}")
+_SIGNATURE = re.compile(r"[!-~]*")
+_ELSEWHERE = ("tool_calls", "function_call", "images")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,9 @@ def parts_of_answer(answer: object) -> list[Part]:
     if isinstance(answer, CompletionResponse) and isinstance(answer.text, str):
         return _answer([Part(TEXT, Turn("assistant", answer.text))], answer)
     if isinstance(answer, BaseModel | list):
-        return [Part(path, Turn("assistant", text)) for path, text in _strings(answer, ("object",)) if text]
+        # An object is the model's own words, whatever its fields are called.
+        found = _strings(answer, ("object",), marks=False)
+        return [Part(path, Turn("assistant", text)) for path, text in found if text]
     return [_unreadable(answer)]
 
 
@@ -80,9 +85,11 @@ def _answer(parts: list[Part], answer: ChatResponse | CompletionResponse) -> lis
     """These parts of a chunk, with what the chunk itself says beside its message."""
     beside = answer.additional_kwargs
     if beside:
-        parts += _besides(beside, "assistant", "response")
-        if isinstance(answer, CompletionResponse):
-            parts += _calls(_beside_calls(beside), "")
+        parts += _besides(
+            {key: value for key, value in beside.items() if key != "thinking_delta"}, "assistant", "response"
+        )
+        for called in _calls(_beside_calls(beside), ""):
+            _join_calls(parts, called)
     for channel, delta in ((TEXT, answer.delta), (_THINKING, beside.get("thinking_delta"))):
         if delta is None:
             continue
@@ -95,6 +102,17 @@ def _answer(parts: list[Part], answer: ChatResponse | CompletionResponse) -> lis
         else:
             parts[at] = Part(channel, parts[at].turn, delta)
     return parts
+
+
+def _join_calls(parts: list[Part], called: Part) -> None:
+    """Add calls to those that a message names, less the ones that it names too."""
+    at = next((at for at, part in enumerate(parts) if part.channel == CALLS == called.channel), None)
+    if at is None:
+        parts.append(called)
+        return
+    known = parts[at].turn.tool_calls
+    more = tuple(call for call in called.turn.tool_calls if all((call.id, str(call)) != (k.id, str(k)) for k in known))
+    parts[at] = Part(CALLS, replace(parts[at].turn, tool_calls=(*known, *more)))
 
 
 def _message(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
@@ -112,11 +130,14 @@ def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 
     texts: dict[str, list[str]] = {}
     media: list[str] = []
     calls: list[object] = []
-    for block in message.blocks:
+    for at, block in enumerate(message.blocks):
         if block.block_type == "tool_call":
             calls.append(block)
         else:
             read_block(block, texts.setdefault(block.block_type, []), media)
+        if block.block_type == "thinking" and block.additional_information:
+            for path, text in _strings(block.additional_information, ("thinking", at)):
+                yield Part(path, Turn(role, text, name=name))
     for kind, pieces in texts.items():
         if text := "".join(pieces):
             yield Part((kind,), Turn(role, text, name=name))
@@ -135,6 +156,20 @@ def _calls(given: Sequence[object], name: str) -> Iterator[Part]:
     calls: dict[str, ToolCall] = {f"{call.id}\0{call}": call for call in tool_calls(given)}
     if calls:
         yield Part(CALLS, Turn("assistant", tool_calls=tuple(calls.values()), name=name))
+    for at, call in enumerate(given):
+        for path, text in _strings(_beside_arguments(call), ("call", at)):
+            if text:
+                yield Part(path, Turn("assistant", text, name=name))
+
+
+def _beside_arguments(call: object) -> object:
+    """What a call says besides its name and its arguments."""
+    said = call.model_dump() if isinstance(call, BaseModel) else call
+    if not isinstance(said, Mapping):
+        return None
+    inner = said.get("function")
+    said = {**said, **inner} if isinstance(inner, Mapping) else said
+    return {key: item for key, item in said.items() if key not in (*ARGUMENTS, "name", "tool_name", "function")}
 
 
 def _beside_calls(beside: Mapping[str, Any]) -> list[object]:
@@ -151,35 +186,43 @@ def _besides(beside: Mapping[str, Any], role: Any, where: str) -> Iterator[Part]
             yield Part(path, Turn(role, text))
 
 
-def _strings(value: object, path: Channel) -> Iterator[tuple[Channel, str]]:
-    """Every text in a value that is not an identifier; keys too, where they are text rather than names."""
+def _strings(value: object, path: Channel, *, marks: bool = True) -> Iterator[tuple[Channel, str]]:
+    """Every text in a value, but for identifiers (``marks``); keys too, where they are text rather than names."""
     if isinstance(value, str):
         yield path, value
+    elif isinstance(value, bytes | bytearray):
+        yield path, value.decode("utf-8", "replace")
     elif isinstance(value, Mapping):
         keys = [key for key in value if isinstance(key, str) and not _is_name(key)]
         if keys:
             yield (*path, None), "\n".join(keys)
         for key, item in value.items():
-            if not _is_mark(key, item):
-                yield from _strings(item, (*path, key))
+            if not (marks and _is_mark(key, item)):
+                yield from _strings(item, (*path, key), marks=marks)
     elif isinstance(value, BaseModel):
-        yield from _strings({**dict(value), **(value.model_extra or {})}, path)
-    elif isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes | bytearray):
-        yield from _each(value, path)
+        yield from _strings({**dict(value), **(value.model_extra or {})}, path, marks=marks)
+    elif isinstance(value, Sequence | set | frozenset):
+        yield from _each(value, path, marks=marks)
+    elif value is not None and not isinstance(value, bool | int | float):
+        # Of no kind that is known: what it shows of itself, as whoever prints it would see.
+        yield path, str(value)
 
 
-def _each(values: Iterable[object], path: Channel) -> Iterator[tuple[Channel, str]]:
+def _each(values: Iterable[object], path: Channel, *, marks: bool) -> Iterator[tuple[Channel, str]]:
     for at, item in enumerate(values):
-        yield from _strings(item, (*path, at))
+        yield from _strings(item, (*path, at), marks=marks)
 
 
 def _is_name(text: str) -> bool:
     """Whether a key is one that a programmer gives; another may be anybody's text."""
-    return text.replace("-", "_").replace(".", "_").isidentifier()
+    return text.isascii() and len(text) <= 64 and text.replace("-", "_").replace(".", "_").isidentifier()  # noqa: PLR2004
 
 
 def _is_mark(key: object, item: object) -> bool:
-    return isinstance(item, str) and (key in _MARKS or "signature" in str(key)) and len(item.split()) <= 1
+    """Whether it is one word that a machine gives; a sentence may do without spaces, but not in 64 letters of ASCII."""
+    if "signature" in str(key):
+        return isinstance(item, bytes) or (isinstance(item, str) and _SIGNATURE.fullmatch(item) is not None)
+    return key in _MARKS and isinstance(item, str) and _MARK.fullmatch(item) is not None
 
 
 def _unreadable(value: object) -> Part:

@@ -29,7 +29,7 @@ ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
     MessageRole.FUNCTION: "tool",
 }
 # Where the integrations of OpenAI, Anthropic and LlamaIndex itself keep the arguments of a tool call.
-_ARGUMENTS = ("arguments", "args", "input", "tool_kwargs")
+ARGUMENTS = ("arguments", "args", "input", "tool_kwargs")
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> tuple[Turn, ...]:
@@ -119,7 +119,7 @@ def _tool_call(given: object) -> dict[str, Any]:
         return {"name": "", "arguments": str(call)}
     if isinstance(call.get("function"), Mapping):
         call = {**call, **call["function"]}
-    arguments = next((call[key] for key in _ARGUMENTS if key in call), dict(call))
+    arguments = next((call[key] for key in ARGUMENTS if key in call), dict(call))
     return {
         "name": str(call.get("name") or call.get("tool_name") or ""),
         "arguments": arguments if isinstance(arguments, str | Mapping) else str(arguments),

@@ -1,0 +1,119 @@
+"""What stands beside the text of an answer is judged, unless it can say nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from llama_index.callbacks.guardmw import guard_llm
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+from llama_index.core.bridge.pydantic import BaseModel, PrivateAttr
+from llama_index.core.llms import MockLLM
+from llama_index.core.prompts import PromptTemplate
+
+from guardmw import Blocked
+from guardmw.testing import KeywordBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BACKEND = KeywordBackend({"EVIL": 0.99, "坏东西": 0.99})
+
+
+class Answering(MockLLM):
+    """Gives one answer, and objects."""
+
+    _answer: ChatResponse = PrivateAttr()
+
+    @classmethod
+    def with_(cls, message: ChatMessage, **besides: Any) -> Answering:
+        """One that answers so."""
+        made = cls()
+        made._answer = ChatResponse(message=message, delta=message.content, additional_kwargs=besides)
+        return made
+
+    def chat(self, messages: Any, **kwargs: Any) -> ChatResponse:
+        """The answer."""
+        return self._answer
+
+    def stream_chat(self, messages: Any, **kwargs: Any) -> Iterator[ChatResponse]:
+        """The answer, in one piece."""
+        yield self._answer
+
+    def stream_structured_predict(self, *_: Any, **__: Any) -> Iterator[Any]:
+        """Two states of an object."""
+        yield State(status="EV")
+        yield State(status="EVIL")
+
+
+class State(BaseModel):
+    """An object with a field that is called as identifiers are."""
+
+    status: str
+
+
+class Shown:
+    """An object of a provider's own."""
+
+    def __str__(self) -> str:
+        return "EVIL"
+
+
+def said(**besides: Any) -> ChatMessage:
+    """An answer with this beside it."""
+    return ChatMessage(role=MessageRole.ASSISTANT, content="fine", additional_kwargs=besides)
+
+
+CALL = {"function": {"name": "sh", "arguments": '{"c": "EVIL"}'}}
+LLMS = {
+    "calls beside the answer": Answering.with_(said(), tool_calls=[CALL]),
+    "an older call beside it": Answering.with_(said(), function_call={"name": "sh", "arguments": "EVIL"}),
+    "thinking in the message": Answering.with_(said(thinking_delta="EVIL")),
+    "an id that is a sentence": Answering.with_(said(id="坏东西，说明书")),
+    "a status that is too long": Answering.with_(said(status="EVIL" * 20)),
+    "bytes": Answering.with_(said(x=b"EVIL")),
+    "an object": Answering.with_(said(x=Shown())),
+    "what a call says besides": Answering.with_(said(tool_calls=[{"name": "sh", "arguments": "{}", "note": "EVIL"}])),
+    "a call's id with spaces": Answering.with_(
+        ChatMessage(
+            role="assistant", blocks=[ToolCallBlock(tool_call_id="EVIL at once", tool_name="a", tool_kwargs={})]
+        )
+    ),
+    "a summary of thinking": Answering.with_(
+        ChatMessage(
+            role="assistant",
+            blocks=[ThinkingBlock(content="x", additional_information={"summary": "EVIL"}), TextBlock(text="fine")],
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_what_stands_beside_an_answer_is_judged(name: str) -> None:
+    """Whole and streamed."""
+    llm = guard_llm(LLMS[name], BACKEND)
+    with pytest.raises(Blocked):
+        llm.chat([ChatMessage(content="hi")])
+    with pytest.raises(Blocked):
+        list(llm.stream_chat([ChatMessage(content="hi")]))
+
+
+def test_no_field_of_an_object_is_an_identifier() -> None:
+    """All of it is the model's own."""
+    with pytest.raises(Blocked):
+        list(
+            guard_llm(Answering.with_(said()), BACKEND).stream_structured_predict(State, PromptTemplate("give"), x="y")
+        )
+
+
+def test_identifiers_and_signatures_pass() -> None:
+    """Words that a machine gives."""
+    llm = guard_llm(Answering.with_(said(id="EVIL_1", thought_signature="RVZJTA==EVIL")), BACKEND)
+    assert llm.chat([ChatMessage(content="hi")]).message.content == "fine"
