@@ -263,6 +263,10 @@ class Asking:
             update["messages"] = [message for message in self._instead.values() if message.id in ids]
         if self._on_block == "review" and self._around.kept:
             update["guardmw_held"] = _packed(self._around.kept[-1])
+        ended = any(isinstance(message, AIMessage) and refuses(message) for message in response.result)
+        if ended and self._request.response_format is not None and self._on_block != "review":
+            # An agent without tools asks its model until it has an object, and a refusal is none.
+            update["jump_to"] = "end"
         return ExtendedModelResponse(response, Command(update=update)) if update else response
 
 
