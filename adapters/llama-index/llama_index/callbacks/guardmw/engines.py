@@ -276,7 +276,8 @@ class GuardedChatEngine(BaseChatEngine):
             finally:
                 self._keep(exchange)
             return _streamed(_only(exchange.said))
-        return _streamed(self._read(inner, exchange), inner)
+        exchange.reader = _Deltas(inner)
+        return _streamed(self._read(exchange.reader, exchange), inner)
 
     async def astream_chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
@@ -298,16 +299,17 @@ class GuardedChatEngine(BaseChatEngine):
             finally:
                 await self._akeep(exchange)
             return _astreamed(_aonly(exchange.said))
-        return _astreamed(self._aread(inner, exchange), inner)
+        exchange.reader = _AsyncDeltas(inner)
+        return _astreamed(self._aread(exchange.reader, exchange), inner)
 
     def _instead(self, error: BaseException) -> str:
         if isinstance(error, Blocked):
             return self._gate.instead(error.verdict, _more)
         raise error
 
-    def _read(self, inner: StreamingAgentChatResponse, exchange: _Exchange) -> Generator[str, None, None]:
+    def _read(self, reader: _Deltas, exchange: _Exchange) -> Generator[str, None, None]:
         try:
-            with closing(self._gate.stream(_Deltas(inner), exchange.asked.context, exchange.refusal)) as released:
+            with closing(self._gate.stream(reader, exchange.asked.context, exchange.refusal)) as released:
                 for delta in released:
                     exchange.said += delta
                     yield delta
@@ -315,9 +317,9 @@ class GuardedChatEngine(BaseChatEngine):
         finally:
             self._keep(exchange)
 
-    async def _aread(self, inner: StreamingAgentChatResponse, exchange: _Exchange) -> AsyncGenerator[str, None]:
+    async def _aread(self, reader: _AsyncDeltas, exchange: _Exchange) -> AsyncGenerator[str, None]:
         try:
-            released = self._gate.astream(_AsyncDeltas(inner), exchange.asked.context, exchange.refusal)
+            released = self._gate.astream(reader, exchange.asked.context, exchange.refusal)
             async with aclosing(released):
                 async for delta in released:
                     exchange.said += delta
@@ -334,12 +336,19 @@ class GuardedChatEngine(BaseChatEngine):
 
     def _before(self) -> list[ChatMessage]:
         if self._open is not None:
-            # An answer that nobody has read to its end.
+            # An answer that nobody has read to its end; the engine would remember all of it once it is written.
+            if self._open.reader is not None:
+                self._open.reader.close()
             self._keep(self._open)
         return self._inner.chat_history
 
     async def _abefore(self) -> list[ChatMessage]:
         if self._open is not None:
+            match self._open.reader:
+                case _Deltas() as reader:
+                    await asyncio.to_thread(reader.close)
+                case _AsyncDeltas() as reader:
+                    await reader.aclose()
             await self._akeep(self._open)
         return self._inner.chat_history if self._memory is None else await self._memory.aget_all()
 
@@ -367,6 +376,7 @@ class _Exchange:
     """A message and its answer.
 
     Attributes:
+        reader: of the engine's streamed answer.
         said: what of the answer was seen.
         refused: it ends with a refusal.
         ended: all of the answer was judged and seen; the engine remembers it.
@@ -376,6 +386,7 @@ class _Exchange:
         self.before = list(before)
         self.message = ChatMessage(role=MessageRole.USER, content=message)
         self.asked = asked_in_chat([*before, self.message])
+        self.reader: _Deltas | _AsyncDeltas | None = None
         self.said = ""
         self.refused = False
         self.ended = False
@@ -432,6 +443,11 @@ class _AsyncDeltas:
                 yield delta
         if self._task is not None:
             await self._task
+
+    def close(self) -> None:
+        """Cancel the engine's task, which ends when its event loop goes on."""
+        if self._task is not None and not self._task.done() and not self._task.get_loop().is_closed():
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
     async def aclose(self) -> None:
         """Cancel the engine's task, and close the model's stream."""
