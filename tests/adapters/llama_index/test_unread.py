@@ -1,4 +1,4 @@
-"""An answer that nobody reads is not remembered."""
+"""An answer that nobody reads is not remembered, and what an engine notes beside its answer is read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from llama_index.callbacks.guardmw import guard_chat_engine
+from llama_index.callbacks.guardmw import guard_chat_engine, guard_query_engine
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse
+from llama_index.core.base.response.schema import Response
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.query_engine import CustomQueryEngine
 
+from guardmw import Blocked
 from guardmw.testing import KeywordBackend
 
 if TYPE_CHECKING:
@@ -107,3 +110,22 @@ def test_the_same_holds_for_asynchronous_answers() -> None:
         return [message.content for message in engine.inner.chat_history]
 
     assert asyncio.run(run()) == ["two", "fine"]
+
+
+class Noting(CustomQueryEngine):
+    """Answers as engines over databases do."""
+
+    rows: str
+
+    def custom_query(self, query_str: str) -> Response:  # type: ignore[override] # the base says str or response
+        """A harmless answer, with what it was made of."""
+        return Response(f"About {query_str}.", metadata={"sql_query": "SELECT *", "result": [(1, self.rows)]})
+
+
+def test_what_an_engine_notes_beside_its_nodes_is_judged() -> None:
+    """Callers show it, and hand it on."""
+    assert str(guard_query_engine(Noting(rows="oats"), BACKEND).query("horses")) == "About horses."
+    with pytest.raises(Blocked):
+        guard_query_engine(Noting(rows="EVIL"), BACKEND).query("horses")
+    with pytest.raises(Blocked):
+        asyncio.run(guard_query_engine(Noting(rows="EVIL"), BACKEND).aquery("horses"))

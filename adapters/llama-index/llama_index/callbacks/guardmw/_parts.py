@@ -70,6 +70,11 @@ def parts_of_answer(answer: object) -> list[Part]:
     return [_unreadable(answer)]
 
 
+def texts_in(value: object) -> str:
+    """All that a value of any shape says, a line for each text."""
+    return "\n".join(text for _, text in _strings(value, (), marks=False) if text)
+
+
 def merged(parts: Sequence[Part]) -> Turn:
     """A whole message as the context of others."""
     return Turn(

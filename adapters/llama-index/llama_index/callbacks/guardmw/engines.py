@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import Gate, OnBlock
+from llama_index.callbacks.guardmw._parts import texts_in
 from llama_index.callbacks.guardmw._turns import turn_of_node
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, enforced
 from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -25,7 +26,7 @@ from llama_index.core.memory import BaseMemory
 from guardmw import Blocked, Conversation, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 
     from llama_index.callbacks.guardmw._asked import Asked
     from llama_index.core.base.response.schema import RESPONSE_TYPE
@@ -509,7 +510,8 @@ def _asked(query: QueryBundle) -> Asked:
 
 def _of_response(response: object, asked: Asked) -> list[Conversation]:
     """What there is to judge of an answer that is there; of one that streams, the nodes."""
-    trials = _of_nodes(getattr(response, "source_nodes", None) or ())
+    nodes = getattr(response, "source_nodes", None) or ()
+    trials = [*_of_nodes(nodes), *_of_metadata(getattr(response, "metadata", None) or {}, nodes, asked)]
     if isinstance(response, PydanticResponse):
         text = response.response.model_dump_json() if response.response else ""
     elif isinstance(response, Response):
@@ -532,6 +534,13 @@ def _of_sources(response: AgentChatResponse | StreamingAgentChatResponse, asked:
     tools = [source for source in response.sources if source.tool_name not in ("retriever", "query_engine")]
     results = [Conversation((*asked.context, Turn("tool", source.content, name=source.tool_name))) for source in tools]
     return [*_of_nodes(response.source_nodes), *results]
+
+
+def _of_metadata(metadata: Mapping[str, Any], nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
+    """What an engine notes beside its nodes, whose own is judged with them: the SQL that it wrote, the rows it read."""
+    known = {node.node_id for node in nodes}
+    if noted := texts_in({key: value for key, value in metadata.items() if key not in known}):
+        yield Conversation((*asked.context, Turn("tool", noted, name="metadata")))
 
 
 def _of_nodes(nodes: Sequence[NodeWithScore]) -> list[Conversation]:
