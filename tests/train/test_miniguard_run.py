@@ -71,7 +71,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(folder: Path, pool: Path, base: Path, **more: Any) -> Path:
     """A file with the settings of a run in miniature."""
-    settings: dict[str, Any] = {"model": str(base), "method": "full", "learning_rate": 0.004, "batch_tokens": 4096}
+    settings: dict[str, Any] = {"model": str(base), "method": "full", "learning_rate": 0.004, "batch_tokens": 1024}
     settings |= {"checkpoint_every": 10, "watched": 40, "epochs": 1, "patience": 99}
     held = {
         "name": "tiny-miniguard",
@@ -136,6 +136,37 @@ def test_only_what_is_known_of_the_answer_is_learnt(either: Path) -> None:
     learnt = [id_ for id_, taught in zip(encoded.ids, encoded.taught, strict=True) if taught]
     assert chat.tokenizer.decode(learnt) == '{"User Safety": "", "Response Safety": "unsafe"}<|im_end|>'
     assert chat.tokenizer.decode(encoded.ids[-encoded.answer :]) == f"{text}<|im_end|>"
+
+
+def test_the_shared_start_learns_as_if_each_row_had_its_own(base: Path, tmp_path: Path) -> None:
+    """The same loss and gradients, to rounding, as of rows that are computed one by one and whole."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from guardmw.dialects.nemotron import answer
+    from guardmw.train.miniguard import tune
+    from guardmw.train.miniguard.chat import Chat
+    from guardmw.train.miniguard.form import Lesson, asked
+    from guardmw.train.miniguard.recipe import Tune
+
+    chat = Chat(str(base))
+    given = [
+        tune.Example(chat.encode(Lesson("key", "source", True, asked(one), answer({"user": True}), silent)), weight)
+        for one, silent, weight in zip(spoken(), (((2, 13),), (), ()), (1.0, 0.5, 1.0), strict=True)
+    ]
+    settings = Tune(model=str(base), method="full")
+    run = tune._Run(tmp_path, given, [], settings, chat, keep=1, seed=0, say=lambda _: None)
+    assert len(run._prefix) > 100
+    with torch.autocast("cpu", enabled=False):
+        run._loss(given).backward()
+    shared = {name: weight.grad for name, weight in run._model.named_parameters()}
+    run._model.zero_grad(set_to_none=True)
+    for one, weight in given:
+        logits = run._model(input_ids=torch.tensor([one.ids])).logits[0, :-1]
+        labels = torch.tensor([i if taught else -100 for i, taught in zip(one.ids, one.taught, strict=True)])[1:]
+        (cross_entropy(logits, labels) * weight).backward()
+    for name, weight in run._model.named_parameters():
+        assert torch.nn.functional.cosine_similarity(weight.grad.ravel(), shared[name].ravel(), dim=0) > 0.999, name
 
 
 def test_a_trace_is_a_task_of_its_own(either: Path) -> None:

@@ -15,6 +15,7 @@ from guardmw import dialects
 from guardmw.conversation import Conversation
 from guardmw.dialects import Reply, Token
 from guardmw.errors import BackendError
+from guardmw.train.miniguard.chat import shared
 from guardmw.train.miniguard.form import DIALECT, asked
 from guardmw.train.miniguard.network import device
 from guardmw.verdict import Scores
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from guardmw.evaluate.metrics import Floats
     from guardmw.train.miniguard.chat import Chat
 
-# As many tokens that all questions begin with are worth computing once.
-_SHARED = 32
 # A text that is cut in two so often is of no use in the pieces.
 _CUTS = 6
 
@@ -129,13 +128,9 @@ class Asked:
             yield batch
 
     def _remember(self, prompts: Sequence[list[int]]) -> None:
-        """Compute what all prompts begin with, once: the form's own words are most of a short question."""
-        least, most = min(prompts), max(prompts)
-        same = next((at for at, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), min(map(len, prompts)))
-        # Something must be left to go on from.
-        self._prefix = least[: min(same, min(map(len, prompts)) - 1)]
-        if len(self._prefix) < _SHARED:
-            self._prefix, self._cache = [], None
+        """Compute what all prompts begin with, once."""
+        self._prefix, self._cache = prompts[0][: shared(prompts)], None
+        if not self._prefix:
             return
         ids = torch.tensor([self._prefix], device=device())
         self._cache = self._model(

@@ -15,7 +15,7 @@ from guardmw.errors import BackendError, GuardmwError
 from guardmw.train.miniguard.form import DIALECT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from guardmw.conversation import Role
     from guardmw.train.miniguard.form import Lesson
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _QUIET = "{%- set enable_thinking = false %}"
 # Sets the task with a trace apart where the template has no word for it. How MiniGuard's training does: UNVERIFIED.
 _THINK = "\n/think"
+# So many tokens that all prompts begin with are worth computing once.
+_WORTH = 32
 
 
 class Encoded(NamedTuple):
@@ -37,6 +39,15 @@ class Encoded(NamedTuple):
     ids: list[int]
     taught: list[bool]
     answer: int
+
+
+def shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of them begin with, and go on from: the form's own words are most of a short question."""
+    least, most = min(prompts), max(prompts)
+    shortest = min(map(len, prompts))
+    same = next((at for at, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), shortest)
+    same = min(same, shortest - 1)
+    return same if same >= _WORTH else 0
 
 
 class Chat:

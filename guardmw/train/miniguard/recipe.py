@@ -101,7 +101,7 @@ class Tune(Part):
         method: "lora" (Hu et al. 2021), or "full": all weights.
         rank, alpha, dropout, targets: of the LoRA; ``targets`` are names of linear layers.
         epochs: passes over the rows; the last may be a part of one.
-        batch_tokens: tokens that are computed at once, padding included.
+        batch_tokens: tokens that are computed at once, padding included; those that all prompts begin with come on top.
         accumulate: batches in one step.
         learning_rate, weight_decay: of AdamW.
         warmup, schedule: the share of steps that rise to the learning rate, and how it falls to 0 from there.

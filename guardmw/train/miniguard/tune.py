@@ -11,10 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers import DynamicCache
 
 from guardmw.errors import DataError, GuardmwError
 from guardmw.train.miniguard import network
 from guardmw.train.miniguard.ask import Asked
+from guardmw.train.miniguard.chat import shared
 from guardmw.train.miniguard.measure import macro_f1
 from guardmw.train.stages import SETTINGS, keep_settings
 
@@ -150,6 +152,8 @@ class _Run:
         self._model = network.fitted(settings).to(network.device())
         self._asked = Asked("student", self._model, chat, settings.batch_tokens)
         self._pad = chat.ends
+        questions = [one.encoded.ids[: -one.encoded.answer] for one in given]
+        self._prefix = questions[0][: shared(questions)]
         self._plan = [step for epoch in range(math.ceil(settings.epochs)) for step in self._steps(epoch)]
         whole = len(self._steps(0))
         self._total = max(1, min(round(settings.epochs * whole), len(self._plan)))
@@ -226,7 +230,8 @@ class _Run:
         for start in range(0, len(shown), 2048):
             batch: list[Example] = []
             for one in sorted(shown[start : start + 2048], key=lambda one: len(one.encoded.ids)):
-                if batch and (len(batch) + 1) * len(one.encoded.ids) > self._settings.batch_tokens:
+                new = len(one.encoded.ids) - len(self._prefix)
+                if batch and (len(batch) + 1) * new > self._settings.batch_tokens:
                     batches.append(batch)
                     batch = []
                 batch.append(one)
@@ -253,24 +258,22 @@ class _Run:
     def _loss(self, batch: Sequence[Example]) -> Tensor:
         """The sum over examples of the mean over an answer's tokens, by the weight of the task."""
         device = network.device()
-        longest, answers = (max(counts) for counts in zip(*((len(e.ids), e.answer) for e, _ in batch), strict=True))
-        ids = torch.tensor([[self._pad] * (longest - len(e.ids)) + e.ids for e, _ in batch], device=device)
-        mask = torch.tensor([[0] * (longest - len(e.ids)) + [1] * len(e.ids) for e, _ in batch], device=device)
-        labels = torch.tensor(
-            [
-                [_IGNORED] * (longest - len(e.ids))
-                + [i if t else _IGNORED for i, t in zip(e.ids, e.taught, strict=True)]
-                for e, _ in batch
-            ],
-            device=device,
-        )[:, -answers:]
+        same = len(self._prefix)
+        rows = [one.encoded.ids[same:] for one in batch]
+        longest, answers = max(map(len, rows)), max(one.encoded.answer for one in batch)
+        ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[1] * same + [0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        taught = torch.tensor([[False] * (answers - e.answer) + e.taught[-e.answer :] for e, _ in batch], device=device)
+        labels = ids[:, -answers:].masked_fill(~taught, _IGNORED)
         with torch.autocast(device.type, dtype=torch.bfloat16):
+            cache = self._begun(len(batch))
             # Padded on the left, answers stand together at the end, and no other logits are computed.
             logits = self._model(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                use_cache=False,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, same:],
+                past_key_values=cache,
+                use_cache=cache is not None,
                 logits_to_keep=answers + 1,
             ).logits[:, :-1]
         each = torch.nn.functional.cross_entropy(
@@ -279,6 +282,16 @@ class _Run:
         known = (labels != _IGNORED).sum(1).clamp(min=1)
         weight = torch.tensor([weight for _, weight in batch], device=device)
         return (each.sum(1) / known * weight).sum()
+
+    def _begun(self, times: int) -> DynamicCache | None:
+        """The prefix, computed once, for so many rows that go on from it and teach it; None where there is none."""
+        if not self._prefix:
+            return None
+        given = torch.tensor([self._prefix], device=network.device())
+        cache = DynamicCache()
+        self._model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(times)
+        return cache
 
     def _rate(self, step: int) -> float:
         """Linear up, then down."""
