@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from copy import copy
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed
@@ -16,7 +18,6 @@ from guardmw import Blocked, Conversation, Turn
 
 if TYPE_CHECKING:
     from collections.abc import (
-        AsyncGenerator,
         AsyncIterable,
         AsyncIterator,
         Callable,
@@ -36,12 +37,36 @@ if TYPE_CHECKING:
     Refusal = Callable[[Verdict, str], "T"]
 
 T = TypeVar("T")
+F = TypeVar("F", bound="Callable[..., Any]")
 
 OnBlock = Literal["raise", "refuse"]
 Input = Literal["before", "off"]
 
+BEGUN: Any = None
+"""What a stream yields first; see ``begun``."""
+
 judging: ContextVar[Judge | None] = ContextVar("guardmw_judging", default=None)
 """Whose guard judges, by itself, what LlamaIndex's callback handlers are being told."""
+
+
+def begun(stream: F) -> F:
+    """A generator function whose streams have begun: they close what they read though nobody has read of them.
+
+    A generator that has not begun runs none of its code when it is closed, or collected. The function has to begin with
+    ``yield BEGUN``, which nobody sees, and to await nothing before.
+    """
+
+    @wraps(stream)
+    def begin(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the function has it
+        chunks = stream(*args, **kwargs)
+        if isinstance(chunks, AsyncGenerator):
+            with suppress(StopIteration):
+                chunks.asend(None).send(None)
+        else:
+            next(chunks)
+        return chunks
+
+    return begin  # type: ignore[return-value] # it takes and gives the same
 
 
 class Gate:
@@ -129,12 +154,14 @@ class Gate:
         enforced(verdicts, _counted(trials, verdicts, reviewed))
         return answer
 
+    @begun
     def stream(
         self, chunks: Iterable[T], context: Sequence[Turn], refusal: Refusal[T], reviewed: Collection[str] = ()
     ) -> Generator[T, None, None]:
         """The chunks, each once it has been judged; a block closes what they come from, and a refusal ends them."""
-        guard, held = self.ready(), Held(context, reviewed)
-        with _closed_after(chunks):
+        with closed_after(chunks):
+            yield BEGUN
+            guard, held, failure = self.ready(), Held(context, reviewed), None
             try:
                 for chunk in chunks:
                     if asked := held.feed(chunk):
@@ -146,16 +173,20 @@ class Gate:
                     held.take(guard.screen_many(held.end()))
                     yield from held.released()
             except Blocked as blocked:
-                held.verdict = blocked.verdict
+                failure = blocked
         if held.verdict is not None:
-            yield self.instead(held.verdict, refusal, held.shown)
+            failure = Blocked(held.verdict)
+        if failure is not None:
+            yield self.instead(failure, refusal, held.shown)
 
+    @begun
     async def astream(
         self, chunks: AsyncIterable[T], context: Sequence[Turn], refusal: Refusal[T], reviewed: Collection[str] = ()
     ) -> AsyncGenerator[T, None]:
         """``stream``, without blocking the event loop."""
-        guard, held = await self.aready(), Held(context, reviewed)
-        async with _aclosed_after(chunks):
+        async with aclosed_after(chunks):
+            yield BEGUN
+            guard, held, failure = await self.aready(), Held(context, reviewed), None
             try:
                 async for chunk in chunks:
                     if asked := held.feed(chunk):
@@ -169,19 +200,24 @@ class Gate:
                     for released in held.released():
                         yield released
             except Blocked as blocked:
-                held.verdict = blocked.verdict
+                failure = blocked
         if held.verdict is not None:
-            yield self.instead(held.verdict, refusal, held.shown)
+            failure = Blocked(held.verdict)
+        if failure is not None:
+            yield self.instead(failure, refusal, held.shown)
 
-    def instead(self, verdict: Verdict, refusal: Refusal[T], shown: str = "") -> T:
+    def instead(self, failure: BaseException, refusal: Refusal[T], shown: str = "") -> T:
         """What stands in the place of what is withheld, after text that has gone out.
 
         Raises:
             Blocked: this gate does not refuse.
+            BaseException: it is another failure.
         """
+        if not isinstance(failure, Blocked):
+            raise failure
         if not self.refuses:
-            raise blocked_by(verdict)
-        return refusal(verdict, shown)
+            raise blocked_by(failure.verdict)
+        return refusal(failure.verdict, shown)
 
     def judges_like(self, judge: Judge) -> bool:
         """Whether it is the same guard, or judges by the same backend and policy."""
@@ -234,7 +270,8 @@ def _trials(answer: object, context: Sequence[Turn]) -> list[Conversation]:
 
 
 @contextmanager
-def _closed_after(chunks: Iterable[Any]) -> Iterator[None]:
+def closed_after(chunks: Any) -> Iterator[None]:  # noqa: ANN401 - whatever a model streams
+    """Close what can be closed."""
     try:
         yield
     finally:
@@ -245,7 +282,8 @@ def _closed_after(chunks: Iterable[Any]) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _aclosed_after(chunks: AsyncIterable[Any]) -> AsyncIterator[None]:
+async def aclosed_after(chunks: Any) -> AsyncIterator[None]:  # noqa: ANN401
+    """``closed_after``, of asynchronous streams."""
     try:
         yield
     finally:

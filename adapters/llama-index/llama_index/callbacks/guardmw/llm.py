@@ -10,7 +10,7 @@ from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
-from llama_index.callbacks.guardmw._gate import Gate, Input, OnBlock
+from llama_index.callbacks.guardmw._gate import BEGUN, Gate, Input, OnBlock, begun
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, blocked_by, mark
 from llama_index.callbacks.guardmw.tools import names_of_guarded
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
@@ -309,7 +309,7 @@ class GuardedLLM(LLM):
                     raise
                 gate.release(call.spoken(answer), asked.context, call.reviewed)
             except Blocked as blocked:
-                answer = gate.instead(blocked.verdict, call.refusal)
+                answer = gate.instead(blocked, call.refusal)
             told.end(answer)
         return answer
 
@@ -326,7 +326,7 @@ class GuardedLLM(LLM):
                     raise
                 await gate.arelease(call.spoken(answer), asked.context, call.reviewed)
             except Blocked as blocked:
-                answer = gate.instead(blocked.verdict, call.refusal)
+                answer = gate.instead(blocked, call.refusal)
             told.end(answer)
         return answer
 
@@ -339,7 +339,7 @@ class GuardedLLM(LLM):
                 gate.admit(asked, call.reviewed)
                 released = gate.stream(run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
-                released = _only(gate.instead(blocked.verdict, call.refusal))
+                released = _only(gate.instead(blocked, call.refusal))
             return told.to_the_end(released)
 
     async def _astream(self, call: _Call, run: Callable[..., Awaitable[AsyncIterable[T]]]) -> AsyncGenerator[T, None]:
@@ -350,7 +350,7 @@ class GuardedLLM(LLM):
                 await gate.aadmit(asked, call.reviewed)
                 released = gate.astream(await run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
             except Blocked as blocked:
-                released = _aonly(gate.instead(blocked.verdict, call.refusal))
+                released = _aonly(gate.instead(blocked, call.refusal))
             return told.to_the_end_async(released)
 
     def _told(self, call: _Call, gate: Gate) -> AbstractContextManager[_Told]:
@@ -561,10 +561,12 @@ class _Told:
             with self._gate.told():
                 self._manager.on_event_end(CBEventType.LLM, payload=payload(), event_id=event_id)
 
+    @begun
     def _read(self, released: Generator[T, None, None]) -> Generator[T, None, None]:
         last = None
         try:
             with closing(released):
+                yield BEGUN
                 for last in released:
                     yield last
         except BaseException as error:
@@ -572,10 +574,12 @@ class _Told:
             raise
         self.end(last)
 
+    @begun
     async def _aread(self, released: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         last = None
         try:
             async with aclosing(released):
+                yield BEGUN
                 async for last in released:
                     yield last
         except BaseException as error:
