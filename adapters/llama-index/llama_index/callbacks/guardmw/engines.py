@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, OnBlock, aclosed_after, begun, closed_after
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llama_index.core.base.response.schema import RESPONSE_TYPE
     from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
     from llama_index.core.schema import NodeWithScore, QueryBundle
+    from llama_index.core.tools import ToolOutput
 
     from guardmw import Backend, Guard, Verdict
 
@@ -442,7 +443,7 @@ class _Deltas:
         if response.write_response_to_history_thread is not None:
             response.write_response_to_history_thread.join()
             response.write_response_to_history_thread = None
-        for stream in (self._deltas, response.chat_stream):
+        for stream in (self._deltas, response.chat_stream, *_live(response)):
             with closed_after(stream):
                 pass
 
@@ -478,9 +479,18 @@ class _AsyncDeltas:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for stream in (self._deltas, self._response.achat_stream):
+        for stream in (self._deltas, self._response.achat_stream, *_live(self._response)):
             async with aclosed_after(stream):
                 pass
+
+
+def _live(response: StreamingAgentChatResponse) -> list[Any]:
+    """The streams among its sources, of which the answer is made."""
+    return [source.raw_output.response_gen for source in response.sources if _streams(source.raw_output)]
+
+
+def _streams(output: object) -> TypeGuard[StreamingResponse | AsyncStreamingResponse]:
+    return isinstance(output, StreamingResponse | AsyncStreamingResponse)
 
 
 def _ended() -> GuardmwError:
@@ -562,8 +572,17 @@ def _astreamed(
 def _with_sources(
     response: StreamingAgentChatResponse, inner: StreamingAgentChatResponse
 ) -> StreamingAgentChatResponse:
-    response.sources, response.source_nodes = inner.sources, inner.source_nodes
+    response.sources, response.source_nodes = list(map(_without_stream, inner.sources)), inner.source_nodes
     return response
+
+
+def _without_stream(source: ToolOutput) -> ToolOutput:
+    """What a tool gave, without a stream that the engine reads itself, and that nobody has judged there."""
+    output = source.raw_output
+    if not _streams(output):
+        return source
+    emptied: Any = {"response_gen": None, "response_txt": ""}
+    return source.model_copy(update={"raw_output": replace(output, **emptied)})
 
 
 @begun
@@ -609,14 +628,33 @@ def _of_response(response: object, asked: Asked) -> list[Conversation]:
 def _of_chat(response: object, asked: Asked) -> list[Conversation]:
     if not isinstance(response, AgentChatResponse):
         return [_unreadable(response, asked)]
-    return [*_of_sources(response, asked), _said(response.response, asked)]
+    return [*_of_sources(response, asked, response.response), _said(response.response, asked)]
 
 
-def _of_sources(response: AgentChatResponse | StreamingAgentChatResponse, asked: Asked) -> list[Conversation]:
-    """The nodes and tool outputs that come with a chat engine's answer; a retriever's output is the nodes again."""
-    tools = [source for source in response.sources if source.tool_name not in ("retriever", "query_engine")]
-    results = [Conversation((*asked.context, Turn("tool", source.content, name=source.tool_name))) for source in tools]
-    return [*_of_nodes(response.source_nodes), *results]
+def _of_sources(
+    response: AgentChatResponse | StreamingAgentChatResponse, asked: Asked, said: str = ""
+) -> list[Conversation]:
+    """The nodes and tool outputs that come with a chat engine's answer."""
+    trials = _of_nodes(response.source_nodes)
+    for source in response.sources:
+        trials += _of_source(source, response.source_nodes, asked)
+    # Most of it is the question, the answer or the nodes once more.
+    known = {_said(text, asked) for text in (said, asked.turns[-1].text, "")}
+    return [trial for trial in dict.fromkeys(trials) if trial not in known]
+
+
+def _of_source(source: ToolOutput, nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
+    """What a tool was given, and what it gave."""
+    output = source.raw_output
+    yield _said(texts_in(source.raw_input), asked)
+    if isinstance(output, Response | PydanticResponse) or _streams(output):
+        yield from _of_response(output, asked)
+        return
+    if output is nodes:
+        return
+    for text in dict.fromkeys((source.content, texts_in(output), texts_in(source.exception))):
+        if text:
+            yield Conversation((*asked.context, Turn("tool", text, name=source.tool_name)))
 
 
 def _of_metadata(metadata: Mapping[str, Any], nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
