@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
@@ -23,6 +24,13 @@ from llama_index.core.base.response.schema import (
 )
 from llama_index.core.chat_engine.types import AgentChatResponse, BaseChatEngine, StreamingAgentChatResponse
 from llama_index.core.memory import BaseMemory
+from llama_index.core.query_engine import (
+    FLAREInstructQueryEngine,
+    RetryGuidelineQueryEngine,
+    RetryQueryEngine,
+    RetrySourceQueryEngine,
+    SQLJoinQueryEngine,
+)
 
 from guardmw import Blocked, Conversation, GuardmwError, Turn
 
@@ -37,6 +45,9 @@ if TYPE_CHECKING:
 
     from guardmw import Backend, Guard, Verdict
 
+# Their asynchronous queries are the others.
+_SYNCHRONOUS = (RetryGuidelineQueryEngine, RetryQueryEngine, RetrySourceQueryEngine, SQLJoinQueryEngine)
+
 
 def guard_query_engine(
     engine: BaseQueryEngine, g: Guard | Backend | str | None = None, *, on_block: OnBlock = "raise"
@@ -50,8 +61,9 @@ def guard_query_engine(
     Args:
         engine: a query engine; it is not changed.
         g: as in ``guard_llm()``.
-        on_block: "raise" ``guardmw.Blocked``; or "refuse": answer with ``REFUSAL``, without nodes, and with the verdict
-            in ``metadata["guardmw"]``; what ends a stream that has begun has none.
+        on_block: "raise" ``guardmw.Blocked``; or "refuse": answer with ``REFUSAL``, without nodes, in the type that the
+            engine answers in, and with the verdict in ``metadata["guardmw"]``; what ends a stream that has begun has
+            none.
 
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
@@ -148,8 +160,9 @@ class GuardedQueryEngine(BaseQueryEngine):
             response = run()
             enforced(self._gate.ready().screen_many(_of_response(response, asked)))
         except Blocked as blocked:
+            kind = _kind(self._inner, StreamingResponse) if response is None else type(response)
             with closed_after(getattr(response, "response_gen", None)):
-                return self._gate.instead(blocked, self._refused)
+                return self._gate.instead(blocked, partial(_refused, kind))
         return self._held(response, asked)
 
     async def _aanswer(self, query: QueryBundle, run: Callable[[], Awaitable[RESPONSE_TYPE]]) -> RESPONSE_TYPE:
@@ -159,8 +172,9 @@ class GuardedQueryEngine(BaseQueryEngine):
             response = await run()
             enforced(await (await self._gate.aready()).ascreen_many(_of_response(response, asked)))
         except Blocked as blocked:
+            kind = _kind(self._inner, AsyncStreamingResponse) if response is None else type(response)
             async with aclosed_after(getattr(response, "response_gen", None)):
-                return self._gate.instead(blocked, self._arefused)
+                return self._gate.instead(blocked, partial(_refused, kind))
         return self._held(response, asked)
 
     def _held(self, response: RESPONSE_TYPE, asked: Asked) -> RESPONSE_TYPE:
@@ -171,23 +185,6 @@ class GuardedQueryEngine(BaseQueryEngine):
             held = self._gate.astream(response.response_gen, asked.context, _more)
             return _AsyncStreaming(held, response.source_nodes, response.metadata, response.response_txt)
         return response
-
-    def _refused(self, verdict: Verdict, _: str) -> RESPONSE_TYPE:
-        metadata = {"guardmw": verdict.to_dict()}
-        if self._streams:
-            return StreamingResponse(_only(REFUSAL), [], metadata)
-        return Response(REFUSAL, [], metadata)
-
-    def _arefused(self, verdict: Verdict, _: str) -> RESPONSE_TYPE:
-        metadata = {"guardmw": verdict.to_dict()}
-        return (
-            AsyncStreamingResponse(_aonly(REFUSAL), [], metadata) if self._streams else Response(REFUSAL, [], metadata)
-        )
-
-    @property
-    def _streams(self) -> bool:
-        # LlamaIndex's own chat engines ask in this way, too.
-        return bool(getattr(getattr(self._inner, "_response_synthesizer", None), "_streaming", False))
 
     def _get_prompts(self) -> dict[str, Any]:
         return self._inner._get_prompts()  # noqa: SLF001 - it stands in for the inner engine
@@ -688,3 +685,29 @@ def _only(text: str) -> Generator[str, None, None]:
 
 async def _aonly(text: str) -> AsyncGenerator[str, None]:
     yield text
+
+
+def _refused(kind: type, verdict: Verdict, _: str) -> RESPONSE_TYPE:
+    """A refusal instead of an answer of this kind."""
+    metadata = {"guardmw": verdict.to_dict()}
+    if issubclass(kind, AsyncStreamingResponse):
+        return _AsyncStreaming(_aonly(REFUSAL), [], metadata)
+    if issubclass(kind, StreamingResponse):
+        return StreamingResponse(_only(REFUSAL), [], metadata)
+    return Response(REFUSAL, [], metadata)
+
+
+def _kind(engine: BaseQueryEngine, streaming: type) -> type:
+    """``streaming`` or Response, as LlamaIndex's own engines know it of themselves or of the engines that they ask."""
+    if isinstance(engine, FLAREInstructQueryEngine):
+        return Response
+    if isinstance(engine, _SYNCHRONOUS):
+        streaming = StreamingResponse
+    synthesizer = getattr(engine, "_response_synthesizer", engine)
+    if hasattr(synthesizer, "_streaming"):
+        return streaming if synthesizer._streaming else Response  # noqa: SLF001 - nothing public says it
+    several = getattr(engine, "_query_engines", ())
+    asked = [getattr(engine, name, None) for name in ("_inner", "_query_engine")]
+    kinds = {_kind(one, streaming) for one in (*asked, *several) if isinstance(one, BaseQueryEngine)}
+    # Whoever wants it whole can read a stream; not the other way round.
+    return max(kinds, key=lambda kind: kind is not Response, default=Response)
