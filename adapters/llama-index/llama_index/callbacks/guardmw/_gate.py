@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed
 from llama_index.callbacks.guardmw._held import Held, leaves_review
 from llama_index.callbacks.guardmw._parts import parts_of_answer
-from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced
+from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced, said_by, strictest, tell, withhold
 
-from guardmw import Blocked, Conversation, Turn
+from guardmw import Blocked, Conversation, GuardmwError, Turn
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -172,8 +172,8 @@ class Gate:
                 else:
                     held.take(guard.screen_many(held.end()))
                     yield from held.released()
-            except Blocked as blocked:
-                failure = blocked
+            except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
+                failure = self.failure(error, context)
         if held.verdict is not None:
             failure = Blocked(held.verdict)
         if failure is not None:
@@ -199,12 +199,25 @@ class Gate:
                     held.take(await guard.ascreen_many(held.end()))
                     for released in held.released():
                         yield released
-            except Blocked as blocked:
-                failure = blocked
+            except Exception as error:  # noqa: BLE001 - the same
+                failure = await self.afailure(error, context)
         if held.verdict is not None:
             failure = Blocked(held.verdict)
         if failure is not None:
             yield self.instead(failure, refusal, held.shown)
+
+    def failure(self, error: BaseException, context: Sequence[Turn]) -> BaseException:
+        """What a call fails by: an exception of the model's as it is, or Blocked where what it says is withheld."""
+        if not _may_quote(error):
+            return error
+        return _unless_withheld(error, self.ready().screen_many(_trials(said_by(error), context)))
+
+    async def afailure(self, error: BaseException, context: Sequence[Turn]) -> BaseException:
+        """``failure``, without blocking the event loop."""
+        if not _may_quote(error):
+            return error
+        guard = await self.aready()
+        return _unless_withheld(error, await guard.ascreen_many(_trials(said_by(error), context)))
 
     def instead(self, failure: BaseException, refusal: Refusal[T], shown: str = "") -> T:
         """What stands in the place of what is withheld, after text that has gone out.
@@ -216,7 +229,7 @@ class Gate:
         if not isinstance(failure, Blocked):
             raise failure
         if not self.refuses:
-            raise blocked_by(failure.verdict)
+            withhold(failure.verdict)
         return refusal(failure.verdict, shown)
 
     def judges_like(self, judge: Judge) -> bool:
@@ -256,6 +269,16 @@ def _counted(
         return verdicts
     judged = zip(conversations, verdicts, strict=True)
     return [verdict for conversation, verdict in judged if not leaves_review(conversation, verdict, reviewed)]
+
+
+def _may_quote(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, GuardmwError)
+
+
+def _unless_withheld(error: BaseException, verdicts: Sequence[Verdict]) -> BaseException:
+    tell(verdicts)
+    verdict = strictest(verdicts)
+    return error if verdict is None else blocked_by(verdict)
 
 
 def _trials(answer: object, context: Sequence[Turn]) -> list[Conversation]:

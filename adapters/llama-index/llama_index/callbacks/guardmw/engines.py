@@ -159,10 +159,10 @@ class GuardedQueryEngine(BaseQueryEngine):
             self._gate.admit(asked)
             response = run()
             enforced(self._gate.ready().screen_many(_of_response(response, asked)))
-        except Blocked as blocked:
+        except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
             kind = _kind(self._inner, StreamingResponse) if response is None else type(response)
             with closed_after(getattr(response, "response_gen", None)):
-                return self._gate.instead(blocked, partial(_refused, kind))
+                return self._gate.instead(self._gate.failure(error, asked.context), partial(_refused, kind))
         return self._held(response, asked)
 
     async def _aanswer(self, query: QueryBundle, run: Callable[[], Awaitable[RESPONSE_TYPE]]) -> RESPONSE_TYPE:
@@ -171,10 +171,10 @@ class GuardedQueryEngine(BaseQueryEngine):
             await self._gate.aadmit(asked)
             response = await run()
             enforced(await (await self._gate.aready()).ascreen_many(_of_response(response, asked)))
-        except Blocked as blocked:
+        except Exception as error:  # noqa: BLE001 - the same
             kind = _kind(self._inner, AsyncStreamingResponse) if response is None else type(response)
             async with aclosed_after(getattr(response, "response_gen", None)):
-                return self._gate.instead(blocked, partial(_refused, kind))
+                return self._gate.instead(await self._gate.afailure(error, asked.context), partial(_refused, kind))
         return self._held(response, asked)
 
     def _held(self, response: RESPONSE_TYPE, asked: Asked) -> RESPONSE_TYPE:
@@ -233,8 +233,8 @@ class GuardedChatEngine(BaseChatEngine):
             response = self._inner.chat(message, chat_history)
             enforced(self._gate.ready().screen_many(_of_chat(response, exchange.asked)))
             exchange.ended = True
-        except Blocked as blocked:
-            exchange.said = self._gate.instead(blocked, _more)
+        except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
+            exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
             return AgentChatResponse(exchange.said)
         finally:
             self._keep(exchange)
@@ -253,8 +253,8 @@ class GuardedChatEngine(BaseChatEngine):
             response = await self._inner.achat(message, chat_history)
             enforced(await (await self._gate.aready()).ascreen_many(_of_chat(response, exchange.asked)))
             exchange.ended = True
-        except Blocked as blocked:
-            exchange.said = self._gate.instead(blocked, _more)
+        except Exception as error:  # noqa: BLE001 - the same
+            exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
             return AgentChatResponse(exchange.said)
         finally:
             await self._akeep(exchange)
@@ -272,11 +272,11 @@ class GuardedChatEngine(BaseChatEngine):
         try:
             inner = self._inner.stream_chat(message, chat_history)
             enforced(self._gate.ready().screen_many(_of_sources(inner, exchange.asked)))
-        except BaseException as error:  # noqa: BLE001 - raised again, but for a block
+        except BaseException as error:  # noqa: BLE001 - the same
             if inner is not None:
                 _Deltas(inner).close()
             try:
-                exchange.said = self._gate.instead(error, _more)
+                exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
             finally:
                 self._keep(exchange)
             return _streamed(_only(exchange.said))
@@ -295,11 +295,11 @@ class GuardedChatEngine(BaseChatEngine):
         try:
             inner = await self._inner.astream_chat(message, chat_history)
             enforced(await (await self._gate.aready()).ascreen_many(_of_sources(inner, exchange.asked)))
-        except BaseException as error:  # noqa: BLE001 - raised again, but for a block
+        except BaseException as error:  # noqa: BLE001 - the same
             if inner is not None:
                 await _AsyncDeltas(inner).aclose()
             try:
-                exchange.said = self._gate.instead(error, _more)
+                exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
             finally:
                 await self._akeep(exchange)
             return _astreamed(_aonly(exchange.said))
