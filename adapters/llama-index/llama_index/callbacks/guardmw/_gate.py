@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from copy import copy
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed
 from llama_index.callbacks.guardmw._held import Held, leaves_review
 from llama_index.callbacks.guardmw._parts import parts_of_answer
-from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced
+from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced, said_by, strictest, tell, withhold
 
-from guardmw import Blocked, Conversation, Turn
+from guardmw import Blocked, Conversation, GuardmwError, Turn
 
 if TYPE_CHECKING:
     from collections.abc import (
-        AsyncGenerator,
         AsyncIterable,
         AsyncIterator,
         Callable,
@@ -36,12 +37,36 @@ if TYPE_CHECKING:
     Refusal = Callable[[Verdict, str], "T"]
 
 T = TypeVar("T")
+F = TypeVar("F", bound="Callable[..., Any]")
 
 OnBlock = Literal["raise", "refuse"]
 Input = Literal["before", "off"]
 
+BEGUN: Any = None
+"""What a stream yields first; see ``begun``."""
+
 judging: ContextVar[Judge | None] = ContextVar("guardmw_judging", default=None)
 """Whose guard judges, by itself, what LlamaIndex's callback handlers are being told."""
+
+
+def begun(stream: F) -> F:
+    """A generator function whose streams have begun: they close what they read though nobody has read of them.
+
+    A generator that has not begun runs none of its code when it is closed, or collected. The function has to begin with
+    ``yield BEGUN``, which nobody sees, and to await nothing before.
+    """
+
+    @wraps(stream)
+    def begin(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the function has it
+        chunks = stream(*args, **kwargs)
+        if isinstance(chunks, AsyncGenerator):
+            with suppress(StopIteration):
+                chunks.asend(None).send(None)
+        else:
+            next(chunks)
+        return chunks
+
+    return begin  # type: ignore[return-value] # it takes and gives the same
 
 
 class Gate:
@@ -129,12 +154,14 @@ class Gate:
         enforced(verdicts, _counted(trials, verdicts, reviewed))
         return answer
 
+    @begun
     def stream(
         self, chunks: Iterable[T], context: Sequence[Turn], refusal: Refusal[T], reviewed: Collection[str] = ()
     ) -> Generator[T, None, None]:
         """The chunks, each once it has been judged; a block closes what they come from, and a refusal ends them."""
-        guard, held = self.ready(), Held(context, reviewed)
-        with _closed_after(chunks):
+        with closed_after(chunks):
+            yield BEGUN
+            guard, held, failure = self.ready(), Held(context, reviewed), None
             try:
                 for chunk in chunks:
                     if asked := held.feed(chunk):
@@ -145,17 +172,21 @@ class Gate:
                 else:
                     held.take(guard.screen_many(held.end()))
                     yield from held.released()
-            except Blocked as blocked:
-                held.verdict = blocked.verdict
+            except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
+                failure = self.failure(error, context)
         if held.verdict is not None:
-            yield self.instead(held.verdict, refusal, held.shown)
+            failure = Blocked(held.verdict)
+        if failure is not None:
+            yield self.instead(failure, refusal, held.shown)
 
+    @begun
     async def astream(
         self, chunks: AsyncIterable[T], context: Sequence[Turn], refusal: Refusal[T], reviewed: Collection[str] = ()
     ) -> AsyncGenerator[T, None]:
         """``stream``, without blocking the event loop."""
-        guard, held = await self.aready(), Held(context, reviewed)
-        async with _aclosed_after(chunks):
+        async with aclosed_after(chunks):
+            yield BEGUN
+            guard, held, failure = await self.aready(), Held(context, reviewed), None
             try:
                 async for chunk in chunks:
                     if asked := held.feed(chunk):
@@ -168,20 +199,38 @@ class Gate:
                     held.take(await guard.ascreen_many(held.end()))
                     for released in held.released():
                         yield released
-            except Blocked as blocked:
-                held.verdict = blocked.verdict
+            except Exception as error:  # noqa: BLE001 - the same
+                failure = await self.afailure(error, context)
         if held.verdict is not None:
-            yield self.instead(held.verdict, refusal, held.shown)
+            failure = Blocked(held.verdict)
+        if failure is not None:
+            yield self.instead(failure, refusal, held.shown)
 
-    def instead(self, verdict: Verdict, refusal: Refusal[T], shown: str = "") -> T:
+    def failure(self, error: BaseException, context: Sequence[Turn]) -> BaseException:
+        """What a call fails by: an exception of the model's as it is, or Blocked where what it says is withheld."""
+        if not _may_quote(error):
+            return error
+        return _unless_withheld(error, self.ready().screen_many(_trials(said_by(error), context)))
+
+    async def afailure(self, error: BaseException, context: Sequence[Turn]) -> BaseException:
+        """``failure``, without blocking the event loop."""
+        if not _may_quote(error):
+            return error
+        guard = await self.aready()
+        return _unless_withheld(error, await guard.ascreen_many(_trials(said_by(error), context)))
+
+    def instead(self, failure: BaseException, refusal: Refusal[T], shown: str = "") -> T:
         """What stands in the place of what is withheld, after text that has gone out.
 
         Raises:
             Blocked: this gate does not refuse.
+            BaseException: it is another failure.
         """
+        if not isinstance(failure, Blocked):
+            raise failure
         if not self.refuses:
-            raise blocked_by(verdict)
-        return refusal(verdict, shown)
+            withhold(failure.verdict)
+        return refusal(failure.verdict, shown)
 
     def judges_like(self, judge: Judge) -> bool:
         """Whether it is the same guard, or judges by the same backend and policy."""
@@ -222,6 +271,16 @@ def _counted(
     return [verdict for conversation, verdict in judged if not leaves_review(conversation, verdict, reviewed)]
 
 
+def _may_quote(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, GuardmwError)
+
+
+def _unless_withheld(error: BaseException, verdicts: Sequence[Verdict]) -> BaseException:
+    tell(verdicts)
+    verdict = strictest(verdicts)
+    return error if verdict is None else blocked_by(verdict)
+
+
 def _trials(answer: object, context: Sequence[Turn]) -> list[Conversation]:
     trials = []
     for part in parts_of_answer(answer):
@@ -234,7 +293,8 @@ def _trials(answer: object, context: Sequence[Turn]) -> list[Conversation]:
 
 
 @contextmanager
-def _closed_after(chunks: Iterable[Any]) -> Iterator[None]:
+def closed_after(chunks: Any) -> Iterator[None]:  # noqa: ANN401 - whatever a model streams
+    """Close what can be closed."""
     try:
         yield
     finally:
@@ -245,7 +305,8 @@ def _closed_after(chunks: Iterable[Any]) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _aclosed_after(chunks: AsyncIterable[Any]) -> AsyncIterator[None]:
+async def aclosed_after(chunks: Any) -> AsyncIterator[None]:  # noqa: ANN401
+    """``closed_after``, of asynchronous streams."""
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llama_index.callbacks.guardmw._parts import CALLS, MEDIA, TEXT, Channel, parts_of_answer
+from llama_index.callbacks.guardmw._parts import CALLS, MEDIA, PIECES, TEXT, Channel, parts_of_answer
 from llama_index.callbacks.guardmw._verdicts import strictest, tell, withholds
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 
@@ -49,7 +49,9 @@ class Held:
         """Take a chunk in; returns what is to be judged now."""
         texts: dict[Channel, str] = {}
         for part in parts_of_answer(chunk):
-            if added := self._streams.setdefault(part.channel, _Stream()).add(part):
+            if (stream := self._streams.get(part.channel)) is None:
+                stream = self._streams[part.channel] = _Stream(in_pieces=part.channel in PIECES)
+            if added := stream.add(part):
                 texts[part.channel] = texts.get(part.channel, "") + added
         self._hold.feed(_as_it_is(chunk), texts, whole=(CALLS, MEDIA))
         return self._due()
@@ -97,14 +99,19 @@ def leaves_review(conversation: Conversation, verdict: Verdict, reviewed: Collec
 class _Stream:
     """What one channel has come to.
 
+    Args:
+        in_pieces: it may be all that a chunk adds, and not the state of something.
+
     Attributes:
         text: all that was given to be judged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_pieces: bool) -> None:
         self.text = ""
+        self._in_pieces = in_pieces
         self._said = ""
         self._last = ""
+        self._grew = False
         self._calls: list[ToolCall] = []
         self._rest: list[str] = []
         self._media: dict[str, None] = {}
@@ -117,7 +124,9 @@ class _Stream:
         if part.turn.media:
             self._media.update(dict.fromkeys(part.turn.media))
             return "\n".join(part.turn.media)
-        return self._add_delta(part.delta) + self._add_content(part.turn.text, said=part.delta is not None)
+        return self._add_delta(part.delta) + self._add_content(
+            part.turn.text, said=part.delta is not None and bool(self._said)
+        )
 
     def turn(self, text: str) -> Turn:
         """A piece of its text on trial; or its tool calls, by now complete."""
@@ -143,13 +152,16 @@ class _Stream:
     def _add_content(self, content: str, *, said: bool) -> str:
         """The text so far, or a piece: which of them, models do not say."""
         last, self._last = self._last, content
-        if not content or content == last:
-            return ""
         # Where a stream says what is new, its content is mostly that once more, alone or after what came before.
-        if said and (content in self.text or content in self._said):
+        if not content or (said and (content in self.text or content in self._said)):
             return ""
-        # Where it is neither, it is judged as if it were new: too much rather than too little.
-        start = self.text if content.startswith(self.text) else last
+        if content == last:
+            # The same once more, if it has grown to that; or a second piece like the first.
+            start = last if not self._in_pieces or self._grew or content == self._said else ""
+        else:
+            # Where it is neither, it is judged as if it were new: too much rather than too little.
+            start = self.text if content.startswith(self.text) else last
+            self._grew = bool(last) and content.startswith(start)
         added = content.removeprefix(start)
         self.text += added
         return added

@@ -25,6 +25,8 @@ TEXT: Channel = ("text",)
 CALLS: Channel = ("calls",)
 MEDIA: Channel = ("media",)
 _THINKING: Channel = ("thinking",)
+PIECES = (TEXT, _THINKING)
+"""What models send piece by piece; other things they send, if more than once, as they are by then."""
 
 # What stands beside the text of a message: identifiers, which nobody reads, and what is read elsewhere or is a picture.
 _MARKS = ("id", "call_id", "tool_call_id", "response_id", "type", "index", "status", "finish_reason", "stop_reason")

@@ -7,7 +7,8 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING
+from traceback import TracebackException
+from typing import TYPE_CHECKING, NoReturn
 
 from llama_index.callbacks.guardmw.metrics import VerdictEvent
 from llama_index_instrumentation import get_dispatcher
@@ -103,6 +104,24 @@ def blocked_by(verdict: Verdict) -> Blocked:
     blocked = Blocked(verdict)
     mark(blocked)
     return blocked
+
+
+def withhold(verdict: Verdict) -> NoReturn:
+    """Raise the exception, apart from those that are being handled: they may quote what is withheld.
+
+    Raises:
+        Blocked: with the verdict.
+    """
+    blocked = blocked_by(verdict)
+    try:
+        raise blocked
+    finally:
+        blocked.__context__ = None
+
+
+def said_by(error: BaseException) -> str:
+    """What an exception says, and those that it came of, as whoever prints it would see."""
+    return "".join(TracebackException.from_exception(error, limit=0).format())
 
 
 def mark(error: GuardmwError) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
-from llama_index.callbacks.guardmw._gate import Gate, OnBlock
+from llama_index.callbacks.guardmw._gate import BEGUN, Gate, OnBlock, aclosed_after, begun, closed_after
 from llama_index.callbacks.guardmw._parts import texts_in
 from llama_index.callbacks.guardmw._turns import turn_of_node
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, enforced
@@ -22,20 +24,29 @@ from llama_index.core.base.response.schema import (
 )
 from llama_index.core.chat_engine.types import AgentChatResponse, BaseChatEngine, StreamingAgentChatResponse
 from llama_index.core.memory import BaseMemory
+from llama_index.core.query_engine import (
+    FLAREInstructQueryEngine,
+    RetryGuidelineQueryEngine,
+    RetryQueryEngine,
+    RetrySourceQueryEngine,
+    SQLJoinQueryEngine,
+)
 
-from guardmw import Blocked, Conversation, Turn
+from guardmw import Blocked, Conversation, GuardmwError, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from llama_index.callbacks.guardmw._asked import Asked
     from llama_index.core.base.response.schema import RESPONSE_TYPE
     from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
     from llama_index.core.schema import NodeWithScore, QueryBundle
+    from llama_index.core.tools import ToolOutput
 
     from guardmw import Backend, Guard, Verdict
 
-R = TypeVar("R", bound="Response | StreamingResponse | AsyncStreamingResponse | PydanticResponse")
+# Their asynchronous queries are the others.
+_SYNCHRONOUS = (RetryGuidelineQueryEngine, RetryQueryEngine, RetrySourceQueryEngine, SQLJoinQueryEngine)
 
 
 def guard_query_engine(
@@ -50,8 +61,9 @@ def guard_query_engine(
     Args:
         engine: a query engine; it is not changed.
         g: as in ``guard_llm()``.
-        on_block: "raise" ``guardmw.Blocked``; or "refuse": answer with ``REFUSAL``, without nodes, and with the verdict
-            in ``metadata["guardmw"]``; what ends a stream that has begun has none.
+        on_block: "raise" ``guardmw.Blocked``; or "refuse": answer with ``REFUSAL``, without nodes, in the type that the
+            engine answers in, and with the verdict in ``metadata["guardmw"]``; what ends a stream that has begun has
+            none.
 
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
@@ -72,7 +84,8 @@ def guard_chat_engine(
     Messages are judged before the engine has them, with the history as context; so what is blocked is not in its
     memory, and does not block the next one. Answers are judged before anyone has them, and so are the nodes that come
     with them; the memory forgets what is withheld. A streamed answer goes out sentence by sentence, as it is judged;
-    a block ends the engine's own reading of the stream.
+    a block ends the engine's own reading of the stream. So do its closing, read or not, a reset and the next question;
+    to read on after these two raises ``guardmw.GuardmwError``.
 
     Args:
         engine: a chat engine. It is used, not copied: its memory is that of the conversation.
@@ -100,7 +113,7 @@ class GuardedQueryEngine(BaseQueryEngine):
 
     @property
     def inner(self) -> BaseQueryEngine:
-        """The engine that answers."""
+        """The engine that answers; to ask it goes past the guard."""
         return self._inner
 
     def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:  # noqa: D102
@@ -140,24 +153,28 @@ class GuardedQueryEngine(BaseQueryEngine):
     async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         return await self._aanswer(query_bundle, lambda: self._inner.aquery(query_bundle))
 
-    def _answer(self, query: QueryBundle, run: Any) -> RESPONSE_TYPE:  # noqa: ANN401 - makes an answer
-        asked = _asked(query)
+    def _answer(self, query: QueryBundle, run: Callable[[], RESPONSE_TYPE]) -> RESPONSE_TYPE:
+        asked, response = _asked(query), None
         try:
             self._gate.admit(asked)
             response = run()
             enforced(self._gate.ready().screen_many(_of_response(response, asked)))
-        except Blocked as blocked:
-            return self._gate.instead(blocked.verdict, self._refused)
+        except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
+            kind = _kind(self._inner, StreamingResponse) if response is None else type(response)
+            with closed_after(getattr(response, "response_gen", None)):
+                return self._gate.instead(self._gate.failure(error, asked.context), partial(_refused, kind))
         return self._held(response, asked)
 
-    async def _aanswer(self, query: QueryBundle, run: Any) -> RESPONSE_TYPE:  # noqa: ANN401 - makes an answer
-        asked = _asked(query)
+    async def _aanswer(self, query: QueryBundle, run: Callable[[], Awaitable[RESPONSE_TYPE]]) -> RESPONSE_TYPE:
+        asked, response = _asked(query), None
         try:
             await self._gate.aadmit(asked)
             response = await run()
             enforced(await (await self._gate.aready()).ascreen_many(_of_response(response, asked)))
-        except Blocked as blocked:
-            return self._gate.instead(blocked.verdict, self._arefused)
+        except Exception as error:  # noqa: BLE001 - the same
+            kind = _kind(self._inner, AsyncStreamingResponse) if response is None else type(response)
+            async with aclosed_after(getattr(response, "response_gen", None)):
+                return self._gate.instead(await self._gate.afailure(error, asked.context), partial(_refused, kind))
         return self._held(response, asked)
 
     def _held(self, response: RESPONSE_TYPE, asked: Asked) -> RESPONSE_TYPE:
@@ -165,25 +182,9 @@ class GuardedQueryEngine(BaseQueryEngine):
         if isinstance(response, StreamingResponse) and response.response_gen is not None:
             return replace(response, response_gen=self._gate.stream(response.response_gen, asked.context, _more))
         if isinstance(response, AsyncStreamingResponse) and response.response_gen is not None:
-            return replace(response, response_gen=self._gate.astream(response.response_gen, asked.context, _more))
+            held = self._gate.astream(response.response_gen, asked.context, _more)
+            return _AsyncStreaming(held, response.source_nodes, response.metadata, response.response_txt)
         return response
-
-    def _refused(self, verdict: Verdict, _: str) -> RESPONSE_TYPE:
-        metadata = {"guardmw": verdict.to_dict()}
-        if self._streams:
-            return StreamingResponse(_only(REFUSAL), [], metadata)
-        return Response(REFUSAL, [], metadata)
-
-    def _arefused(self, verdict: Verdict, _: str) -> RESPONSE_TYPE:
-        metadata = {"guardmw": verdict.to_dict()}
-        return (
-            AsyncStreamingResponse(_aonly(REFUSAL), [], metadata) if self._streams else Response(REFUSAL, [], metadata)
-        )
-
-    @property
-    def _streams(self) -> bool:
-        # LlamaIndex's own chat engines ask in this way, too.
-        return bool(getattr(getattr(self._inner, "_response_synthesizer", None), "_streaming", False))
 
     def _get_prompts(self) -> dict[str, Any]:
         return self._inner._get_prompts()  # noqa: SLF001 - it stands in for the inner engine
@@ -205,10 +206,12 @@ class GuardedChatEngine(BaseChatEngine):
 
     @property
     def inner(self) -> BaseChatEngine:
-        """The engine that answers."""
+        """The engine that answers; to ask it goes past the guard, and its memory may be ahead of the judge."""
         return self._inner
 
-    def reset(self) -> None:  # noqa: D102
+    def reset(self) -> None:
+        """Forget the conversation; an answer that is still being read ends."""
+        self._before()
         self._inner.reset()
 
     @property
@@ -220,18 +223,18 @@ class GuardedChatEngine(BaseChatEngine):
     def chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
-        exchange = _Exchange(self._before() if chat_history is None else chat_history, message)
+        exchange = _Exchange(self._before(chat_history), message)
         try:
             self._gate.admit(exchange.asked)
         except Blocked as blocked:
-            return AgentChatResponse(self._gate.instead(blocked.verdict, _more))
+            return AgentChatResponse(self._gate.instead(blocked, _more))
         self._open = exchange
         try:
             response = self._inner.chat(message, chat_history)
             enforced(self._gate.ready().screen_many(_of_chat(response, exchange.asked)))
             exchange.ended = True
-        except Blocked as blocked:
-            exchange.said = self._gate.instead(blocked.verdict, _more)
+        except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
+            exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
             return AgentChatResponse(exchange.said)
         finally:
             self._keep(exchange)
@@ -240,18 +243,18 @@ class GuardedChatEngine(BaseChatEngine):
     async def achat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
-        exchange = _Exchange(await self._abefore() if chat_history is None else chat_history, message)
+        exchange = _Exchange(await self._abefore(chat_history), message)
         try:
             await self._gate.aadmit(exchange.asked)
         except Blocked as blocked:
-            return AgentChatResponse(self._gate.instead(blocked.verdict, _more))
+            return AgentChatResponse(self._gate.instead(blocked, _more))
         self._open = exchange
         try:
             response = await self._inner.achat(message, chat_history)
             enforced(await (await self._gate.aready()).ascreen_many(_of_chat(response, exchange.asked)))
             exchange.ended = True
-        except Blocked as blocked:
-            exchange.said = self._gate.instead(blocked.verdict, _more)
+        except Exception as error:  # noqa: BLE001 - the same
+            exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
             return AgentChatResponse(exchange.said)
         finally:
             await self._akeep(exchange)
@@ -260,20 +263,20 @@ class GuardedChatEngine(BaseChatEngine):
     def stream_chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
-        exchange = _Exchange(self._before() if chat_history is None else chat_history, message)
+        exchange = _Exchange(self._before(chat_history), message)
         try:
             self._gate.admit(exchange.asked)
         except Blocked as blocked:
-            return _streamed(_only(self._gate.instead(blocked.verdict, _more)))
+            return _streamed(_only(self._gate.instead(blocked, _more)))
         self._open, inner = exchange, None
         try:
             inner = self._inner.stream_chat(message, chat_history)
             enforced(self._gate.ready().screen_many(_of_sources(inner, exchange.asked)))
-        except BaseException as error:  # noqa: BLE001 - raised again, but for a block
+        except BaseException as error:  # noqa: BLE001 - the same
             if inner is not None:
                 _Deltas(inner).close()
             try:
-                exchange.said = self._instead(error)
+                exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
             finally:
                 self._keep(exchange)
             return _streamed(_only(exchange.said))
@@ -283,51 +286,58 @@ class GuardedChatEngine(BaseChatEngine):
     async def astream_chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
-        exchange = _Exchange(await self._abefore() if chat_history is None else chat_history, message)
+        exchange = _Exchange(await self._abefore(chat_history), message)
         try:
             await self._gate.aadmit(exchange.asked)
         except Blocked as blocked:
-            return _astreamed(_aonly(self._gate.instead(blocked.verdict, _more)))
+            return _astreamed(_aonly(self._gate.instead(blocked, _more)))
         self._open, inner = exchange, None
         try:
             inner = await self._inner.astream_chat(message, chat_history)
             enforced(await (await self._gate.aready()).ascreen_many(_of_sources(inner, exchange.asked)))
-        except BaseException as error:  # noqa: BLE001 - raised again, but for a block
+        except BaseException as error:  # noqa: BLE001 - the same
             if inner is not None:
                 await _AsyncDeltas(inner).aclose()
             try:
-                exchange.said = self._instead(error)
+                exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
             finally:
                 await self._akeep(exchange)
             return _astreamed(_aonly(exchange.said))
         exchange.reader = _AsyncDeltas(inner)
         return _astreamed(self._aread(exchange.reader, exchange), inner)
 
-    def _instead(self, error: BaseException) -> str:
-        if isinstance(error, Blocked):
-            return self._gate.instead(error.verdict, _more)
-        raise error
-
+    @begun
     def _read(self, reader: _Deltas, exchange: _Exchange) -> Generator[str, None, None]:
         try:
             with closing(self._gate.stream(reader, exchange.asked.context, exchange.refusal)) as released:
+                yield BEGUN
                 for delta in released:
+                    self._go_on(exchange)
                     exchange.said += delta
                     yield delta
+            self._go_on(exchange)
             exchange.ended = not exchange.refused
         finally:
             self._keep(exchange)
 
+    @begun
     async def _aread(self, reader: _AsyncDeltas, exchange: _Exchange) -> AsyncGenerator[str, None]:
         try:
-            released = self._gate.astream(reader, exchange.asked.context, exchange.refusal)
-            async with aclosing(released):
+            async with aclosing(self._gate.astream(reader, exchange.asked.context, exchange.refusal)) as released:
+                yield BEGUN
                 async for delta in released:
+                    self._go_on(exchange)
                     exchange.said += delta
                     yield delta
+            self._go_on(exchange)
             exchange.ended = not exchange.refused
         finally:
             await self._akeep(exchange)
+
+    def _go_on(self, exchange: _Exchange) -> None:
+        # What came so far must not pass for the whole answer.
+        if self._open is not exchange:
+            raise _ended()
 
     @property
     def _memory(self) -> BaseMemory | None:
@@ -335,15 +345,16 @@ class GuardedChatEngine(BaseChatEngine):
         memory = getattr(self._inner, "_memory", None)
         return memory if isinstance(memory, BaseMemory) else None
 
-    def _before(self) -> list[ChatMessage]:
+    def _before(self, given: list[ChatMessage] | None = None) -> list[ChatMessage]:
+        """What was said, or what is given as that, once no answer is open any more."""
         if self._open is not None:
             # An answer that nobody has read to its end; the engine would remember all of it once it is written.
             if self._open.reader is not None:
                 self._open.reader.close()
             self._keep(self._open)
-        return self._inner.chat_history
+        return self._inner.chat_history if given is None else given
 
-    async def _abefore(self) -> list[ChatMessage]:
+    async def _abefore(self, given: list[ChatMessage] | None = None) -> list[ChatMessage]:
         if self._open is not None:
             match self._open.reader:
                 case _Deltas() as reader:
@@ -351,19 +362,25 @@ class GuardedChatEngine(BaseChatEngine):
                 case _AsyncDeltas() as reader:
                     await reader.aclose()
             await self._akeep(self._open)
+        if given is not None:
+            return given
         return self._inner.chat_history if self._memory is None else await self._memory.aget_all()
 
     def _keep(self, exchange: _Exchange) -> None:
         """Let the engine remember of an exchange what has been judged; an engine that cannot, remembers nothing."""
+        # The memory is no longer that of an exchange which another one has ended.
+        if self._open is not exchange:
+            return
         if not exchange.ended:
             if self._memory is None:
                 self._inner.reset()
             else:
                 self._memory.set(exchange.history())
-        if self._open is exchange:
-            self._open = None
+        self._open = None
 
     async def _akeep(self, exchange: _Exchange) -> None:
+        if self._open is not exchange:
+            return
         if not exchange.ended:
             if self._memory is None:
                 self._inner.reset()
@@ -417,13 +434,15 @@ class _Deltas:
     def close(self) -> None:
         """End the engine's thread at its next chunk, and the model's stream with it."""
         response = self._response
+        # Whoever reads in another thread would wait for ever.
+        response.exception = response.exception or _ended()
         response.put_in_queue = _leave  # type: ignore[method-assign, assignment]
         if response.write_response_to_history_thread is not None:
             response.write_response_to_history_thread.join()
             response.write_response_to_history_thread = None
-        self._deltas.close()
-        if response.chat_stream is not None:
-            response.chat_stream.close()
+        for stream in (self._deltas, response.chat_stream, *_live(response)):
+            with closed_after(stream):
+                pass
 
 
 class _AsyncDeltas:
@@ -447,17 +466,34 @@ class _AsyncDeltas:
 
     def close(self) -> None:
         """Cancel the engine's task, which ends when its event loop goes on."""
+        self._response.exception = self._response.exception or _ended()
         if self._task is not None and not self._task.done() and not self._task.get_loop().is_closed():
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
     async def aclose(self) -> None:
         """Cancel the engine's task, and close the model's stream."""
+        self._response.exception = self._response.exception or _ended()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._deltas.aclose()
-        if self._response.achat_stream is not None:
-            await self._response.achat_stream.aclose()
+        for stream in (self._deltas, self._response.achat_stream, *_live(self._response)):
+            async with aclosed_after(stream):
+                pass
+
+
+def _live(response: StreamingAgentChatResponse) -> list[Any]:
+    """The streams among its sources, of which the answer is made."""
+    return [source.raw_output.response_gen for source in response.sources if _streams(source.raw_output)]
+
+
+def _streams(output: object) -> TypeGuard[StreamingResponse | AsyncStreamingResponse]:
+    return isinstance(output, StreamingResponse | AsyncStreamingResponse)
+
+
+def _ended() -> GuardmwError:
+    return GuardmwError(
+        "a reset or the next question ended this answer: read it to its end, or close it, before you go on"
+    )
 
 
 def _leave(_: str | None) -> NoReturn:
@@ -465,39 +501,102 @@ def _leave(_: str | None) -> NoReturn:
     raise SystemExit
 
 
+class _Reading(Generator[str, None, None]):
+    """An answer's text as LlamaIndex reads it: to close it closes the answer, too, and to drop it does not."""
+
+    def __init__(self, deltas: Generator[str, None, None], answer: Any) -> None:  # noqa: ANN401 - a stream
+        self._deltas = deltas
+        self._answer = answer
+
+    def send(self, value: None) -> str:
+        return self._deltas.send(value)
+
+    def throw(self, *error: Any) -> str:  # noqa: ANN401 - in any of its forms
+        return self._deltas.throw(*error)
+
+    def close(self) -> None:
+        self._deltas.close()
+        self._answer.close()
+
+
+class _AsyncReading(AsyncGenerator[str, None]):
+    """The same of an asynchronous one."""
+
+    def __init__(self, deltas: AsyncGenerator[str, None], answer: Any) -> None:  # noqa: ANN401
+        self._deltas = deltas
+        self._answer = answer
+
+    async def asend(self, value: None) -> str:
+        return await self._deltas.asend(value)
+
+    async def athrow(self, *error: Any) -> str:  # noqa: ANN401
+        return await self._deltas.athrow(*error)
+
+    async def aclose(self) -> None:
+        await self._deltas.aclose()
+        await self._answer.aclose()
+
+
+class _StreamingChat(StreamingAgentChatResponse):
+    @property
+    def response_gen(self) -> Generator[str, None, None]:
+        return _Reading(super().response_gen, self.chat_stream)
+
+    def async_response_gen(self) -> AsyncGenerator[str, None]:
+        return _AsyncReading(super().async_response_gen(), self.achat_stream)
+
+
+class _AsyncStreaming(AsyncStreamingResponse):
+    def async_response_gen(self) -> AsyncGenerator[str, None]:
+        return _AsyncReading(super().async_response_gen(), self.response_gen)
+
+
 def _streamed(
     deltas: Generator[str, None, None], inner: StreamingAgentChatResponse | None = None
 ) -> StreamingAgentChatResponse:
     """An answer of these pieces, with the sources of another."""
-    response = StreamingAgentChatResponse(chat_stream=_chunks(deltas), is_writing_to_memory=False)
+    response = _StreamingChat(chat_stream=_chunks(deltas), is_writing_to_memory=False)
     return response if inner is None else _with_sources(response, inner)
 
 
 def _astreamed(
     deltas: AsyncGenerator[str, None], inner: StreamingAgentChatResponse | None = None
 ) -> StreamingAgentChatResponse:
-    response = StreamingAgentChatResponse(achat_stream=_achunks(deltas), is_writing_to_memory=False)
+    response = _StreamingChat(achat_stream=_achunks(deltas), is_writing_to_memory=False)
     return response if inner is None else _with_sources(response, inner)
 
 
 def _with_sources(
     response: StreamingAgentChatResponse, inner: StreamingAgentChatResponse
 ) -> StreamingAgentChatResponse:
-    response.sources, response.source_nodes = inner.sources, inner.source_nodes
+    response.sources, response.source_nodes = list(map(_without_stream, inner.sources)), inner.source_nodes
     return response
 
 
+def _without_stream(source: ToolOutput) -> ToolOutput:
+    """What a tool gave, without a stream that the engine reads itself, and that nobody has judged there."""
+    output = source.raw_output
+    if not _streams(output):
+        return source
+    emptied: Any = {"response_gen": None, "response_txt": ""}
+    return source.model_copy(update={"raw_output": replace(output, **emptied)})
+
+
+@begun
 def _chunks(deltas: Generator[str, None, None]) -> Generator[ChatResponse, None, None]:
     text = ""
     with closing(deltas):
+        yield BEGUN
         for delta in deltas:
             text += delta
             yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=delta)
 
 
+@begun
 async def _achunks(deltas: AsyncGenerator[str, None]) -> AsyncGenerator[ChatResponse, None]:
     text = ""
     async with aclosing(deltas):
+        yield BEGUN
         async for delta in deltas:
             text += delta
             yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=delta)
@@ -526,14 +625,33 @@ def _of_response(response: object, asked: Asked) -> list[Conversation]:
 def _of_chat(response: object, asked: Asked) -> list[Conversation]:
     if not isinstance(response, AgentChatResponse):
         return [_unreadable(response, asked)]
-    return [*_of_sources(response, asked), _said(response.response, asked)]
+    return [*_of_sources(response, asked, response.response), _said(response.response, asked)]
 
 
-def _of_sources(response: AgentChatResponse | StreamingAgentChatResponse, asked: Asked) -> list[Conversation]:
-    """The nodes and tool outputs that come with a chat engine's answer; a retriever's output is the nodes again."""
-    tools = [source for source in response.sources if source.tool_name not in ("retriever", "query_engine")]
-    results = [Conversation((*asked.context, Turn("tool", source.content, name=source.tool_name))) for source in tools]
-    return [*_of_nodes(response.source_nodes), *results]
+def _of_sources(
+    response: AgentChatResponse | StreamingAgentChatResponse, asked: Asked, said: str = ""
+) -> list[Conversation]:
+    """The nodes and tool outputs that come with a chat engine's answer."""
+    trials = _of_nodes(response.source_nodes)
+    for source in response.sources:
+        trials += _of_source(source, response.source_nodes, asked)
+    # Most of it is the question, the answer or the nodes once more.
+    known = {_said(text, asked) for text in (said, asked.turns[-1].text, "")}
+    return [trial for trial in dict.fromkeys(trials) if trial not in known]
+
+
+def _of_source(source: ToolOutput, nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
+    """What a tool was given, and what it gave."""
+    output = source.raw_output
+    yield _said(texts_in(source.raw_input), asked)
+    if isinstance(output, Response | PydanticResponse) or _streams(output):
+        yield from _of_response(output, asked)
+        return
+    if output is nodes:
+        return
+    for text in dict.fromkeys((source.content, texts_in(output), texts_in(source.exception))):
+        if text:
+            yield Conversation((*asked.context, Turn("tool", text, name=source.tool_name)))
 
 
 def _of_metadata(metadata: Mapping[str, Any], nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
@@ -567,3 +685,29 @@ def _only(text: str) -> Generator[str, None, None]:
 
 async def _aonly(text: str) -> AsyncGenerator[str, None]:
     yield text
+
+
+def _refused(kind: type, verdict: Verdict, _: str) -> RESPONSE_TYPE:
+    """A refusal instead of an answer of this kind."""
+    metadata = {"guardmw": verdict.to_dict()}
+    if issubclass(kind, AsyncStreamingResponse):
+        return _AsyncStreaming(_aonly(REFUSAL), [], metadata)
+    if issubclass(kind, StreamingResponse):
+        return StreamingResponse(_only(REFUSAL), [], metadata)
+    return Response(REFUSAL, [], metadata)
+
+
+def _kind(engine: BaseQueryEngine, streaming: type) -> type:
+    """``streaming`` or Response, as LlamaIndex's own engines know it of themselves or of the engines that they ask."""
+    if isinstance(engine, FLAREInstructQueryEngine):
+        return Response
+    if isinstance(engine, _SYNCHRONOUS):
+        streaming = StreamingResponse
+    synthesizer = getattr(engine, "_response_synthesizer", engine)
+    if hasattr(synthesizer, "_streaming"):
+        return streaming if synthesizer._streaming else Response  # noqa: SLF001 - nothing public says it
+    several = getattr(engine, "_query_engines", ())
+    asked = [getattr(engine, name, None) for name in ("_inner", "_query_engine")]
+    kinds = {_kind(one, streaming) for one in (*asked, *several) if isinstance(one, BaseQueryEngine)}
+    # Whoever wants it whole can read a stream; not the other way round.
+    return max(kinds, key=lambda kind: kind is not Response, default=Response)

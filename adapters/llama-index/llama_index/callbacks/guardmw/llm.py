@@ -10,8 +10,8 @@ from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
-from llama_index.callbacks.guardmw._gate import Gate, Input, OnBlock
-from llama_index.callbacks.guardmw._verdicts import REFUSAL, blocked_by, mark
+from llama_index.callbacks.guardmw._gate import BEGUN, Gate, Input, OnBlock, begun
+from llama_index.callbacks.guardmw._verdicts import REFUSAL, mark, withhold
 from llama_index.callbacks.guardmw.tools import names_of_guarded
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
 from llama_index.core.bridge.pydantic import BaseModel, PrivateAttr
@@ -21,7 +21,7 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index_instrumentation.dispatcher import DISPATCHER_SPAN_DECORATED_ATTR
 
-from guardmw import Blocked, GuardmwError
+from guardmw import GuardmwError
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -89,7 +89,7 @@ def guard_llm(
     Every message it is asked with is judged, each with those before it as context, and its answer with the last of
     them. What passed is remembered (the last 1024 messages). A question that is withheld stops the call; once the user
     has gone on, the LLM reads a note in its place. Streams go out sentence by sentence, as they are judged; tool calls
-    when they are complete. In async calls the event loop goes on meanwhile.
+    when they are complete. In async calls the event loop goes on meanwhile. What ``llm`` raises is judged as an answer.
 
     Args:
         llm: an LLM; it is not changed.
@@ -138,7 +138,7 @@ class GuardedLLM(LLM):
 
     @property
     def inner(self) -> LLM:
-        """The LLM that answers."""
+        """The LLM that answers; to ask it goes past the guard."""
         return self._inner
 
     @property
@@ -302,14 +302,10 @@ class GuardedLLM(LLM):
         with self._told(call, gate) as told:
             try:
                 gate.admit(asked, call.reviewed)
-                try:
-                    answer = run(*call.given(asked))
-                except Exception as error:
-                    gate.release(call.quoted(error), asked.context)
-                    raise
+                answer = run(*call.given(asked))
                 gate.release(call.spoken(answer), asked.context, call.reviewed)
-            except Blocked as blocked:
-                answer = gate.instead(blocked.verdict, call.refusal)
+            except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
+                answer = gate.instead(gate.failure(error, asked.context), call.refusal)
             told.end(answer)
         return answer
 
@@ -319,14 +315,10 @@ class GuardedLLM(LLM):
         with self._told(call, gate) as told:
             try:
                 await gate.aadmit(asked, call.reviewed)
-                try:
-                    answer = await run(*call.given(asked))
-                except Exception as error:
-                    await gate.arelease(call.quoted(error), asked.context)
-                    raise
+                answer = await run(*call.given(asked))
                 await gate.arelease(call.spoken(answer), asked.context, call.reviewed)
-            except Blocked as blocked:
-                answer = gate.instead(blocked.verdict, call.refusal)
+            except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
+                answer = gate.instead(await gate.afailure(error, asked.context), call.refusal)
             told.end(answer)
         return answer
 
@@ -338,8 +330,8 @@ class GuardedLLM(LLM):
                 # Not in the generator: what goes in is refused where it is asked, not where the answer is read.
                 gate.admit(asked, call.reviewed)
                 released = gate.stream(run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
-            except Blocked as blocked:
-                released = _only(gate.instead(blocked.verdict, call.refusal))
+            except Exception as error:  # noqa: BLE001 - the same
+                released = _only(gate.instead(gate.failure(error, asked.context), call.refusal))
             return told.to_the_end(released)
 
     async def _astream(self, call: _Call, run: Callable[..., Awaitable[AsyncIterable[T]]]) -> AsyncGenerator[T, None]:
@@ -349,8 +341,8 @@ class GuardedLLM(LLM):
             try:
                 await gate.aadmit(asked, call.reviewed)
                 released = gate.astream(await run(*call.given(asked)), asked.context, call.refusal, call.reviewed)
-            except Blocked as blocked:
-                released = _aonly(gate.instead(blocked.verdict, call.refusal))
+            except Exception as error:  # noqa: BLE001 - the same
+                released = _aonly(gate.instead(await gate.afailure(error, asked.context), call.refusal))
             return told.to_the_end_async(released)
 
     def _told(self, call: _Call, gate: Gate) -> AbstractContextManager[_Told]:
@@ -455,10 +447,6 @@ class _Chat:
         """The answer, as it is judged."""
         return answer
 
-    def quoted(self, _: Exception) -> str | None:
-        """What of the answer an error may quote."""
-        return None
-
     def refusal(self, verdict: Verdict, shown: str) -> Any:  # noqa: ANN401 - of the answer's type
         """What stands in for the answer, or for the rest of it."""
         text, delta = _refusal(shown)
@@ -483,12 +471,8 @@ class _Object(_Chat):
     def spoken(self, answer: object) -> str:
         return answer.model_dump_json() if isinstance(answer, BaseModel) else repr(answer)
 
-    def quoted(self, error: Exception) -> str:
-        # Where what a model says is no such object, the errors say what it said.
-        return str(error)
-
     def refusal(self, verdict: Verdict, _: str) -> Any:  # noqa: ANN401 - never
-        raise blocked_by(verdict)
+        withhold(verdict)
 
 
 class _Completion:
@@ -515,9 +499,6 @@ class _Completion:
 
     def spoken(self, answer: object) -> object:
         return answer
-
-    def quoted(self, _: Exception) -> str | None:
-        return None
 
     def refusal(self, verdict: Verdict, shown: str) -> Any:  # noqa: ANN401 - of the answer's type
         text, delta = _refusal(shown)
@@ -561,10 +542,12 @@ class _Told:
             with self._gate.told():
                 self._manager.on_event_end(CBEventType.LLM, payload=payload(), event_id=event_id)
 
+    @begun
     def _read(self, released: Generator[T, None, None]) -> Generator[T, None, None]:
         last = None
         try:
             with closing(released):
+                yield BEGUN
                 for last in released:
                     yield last
         except BaseException as error:
@@ -572,10 +555,12 @@ class _Told:
             raise
         self.end(last)
 
+    @begun
     async def _aread(self, released: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         last = None
         try:
             async with aclosing(released):
+                yield BEGUN
                 async for last in released:
                     yield last
         except BaseException as error:
