@@ -18,7 +18,7 @@ from langchain_guardmw.calls import TOOL_GUARD, Calls
 from langchain_guardmw.gate import Around, Gate
 from langchain_guardmw.model import stand_in
 from langchain_guardmw.outcome import log, refusal, strictest
-from langchain_guardmw.parts import is_name, within
+from langchain_guardmw.parts import is_name, is_role, within
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
@@ -286,6 +286,8 @@ def instead(message: BaseMessage, text: str = WITHHELD) -> BaseMessage:
     given = message.__dict__
     if given.get("artifact") is not None:
         emptied["artifact"] = None
+    if not is_role(given.get("role", "user")):
+        emptied["role"] = "user"
     for calls in ("invalid_tool_calls", "tool_call_chunks"):
         if given.get(calls):
             emptied[calls] = []

@@ -20,7 +20,7 @@ from langchain_guardmw.gate import Gate, as_guard
 from langchain_guardmw.history import Reads
 from langchain_guardmw.hooks import signed, unhooked
 from langchain_guardmw.outcome import refusal, strictest
-from langchain_guardmw.parts import CONTEXT_TURNS, parts, turn_of, within
+from langchain_guardmw.parts import CONTEXT_TURNS, parts, spoken, within
 from langchain_guardmw.tools import RESULT_WITHHELD, call_of, is_control_flow, refused, results, told
 
 if TYPE_CHECKING:
@@ -445,7 +445,7 @@ def _as_called(result: Result, name: str, *, edited: bool) -> Result:
 
 def _structured(request: ModelRequest[Any], response: ModelResponse[Any]) -> list[Conversation]:
     """What is to be judged in structured output: the call that it was, or the answer."""
-    context = tuple(turn_of(one) for one in request.messages[-CONTEXT_TURNS:])
+    context = tuple(spoken(one)[1] for one in request.messages[-CONTEXT_TURNS:])
     answered = {message.tool_call_id for message in response.result if isinstance(message, ToolMessage)}
     asked = []
     for message in response.result:

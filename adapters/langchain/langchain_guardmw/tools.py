@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from langchain_core.messages import ToolMessage
 from langchain_core.tools import BaseTool
 
-from guardmw import Blocked, Conversation, ConversationError, ToolCall, Turn
+from guardmw import Blocked, Conversation, ToolCall, Turn
 from langchain_guardmw.gate import Gate, admit, as_guard
 from langchain_guardmw.outcome import strictest
-from langchain_guardmw.parts import parts, within
+from langchain_guardmw.parts import called, parts, within
 
 if TYPE_CHECKING:
     from guardmw import Backend, Guard, Verdict
@@ -63,14 +63,7 @@ def guard_tool(tool: T, g: Guard | Backend | str | None = None) -> T:
 def call_of(name: str, arguments: object, id_: str | None) -> Turn:
     """A call as a turn; what in it cannot be read makes a verdict partial."""
     given = arguments if isinstance(arguments, str | Mapping) else {"": arguments}
-    call = ToolCall(name, given, id_ or "")
-    try:
-        str(call)
-    except ConversationError:
-        found = parts(arguments)
-        text = "\n".join(part.turn.text for part in found if part.turn.text)
-        return Turn("assistant", "", (ToolCall(name, text, id_ or ""),), media=("arguments",))
-    return Turn("assistant", "", (call,))
+    return called([ToolCall(name, given, id_ or "")])
 
 
 def results(result: object, name: str, context: tuple[Turn, ...] = ()) -> list[Conversation]:
