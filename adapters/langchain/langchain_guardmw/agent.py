@@ -30,16 +30,25 @@ if TYPE_CHECKING:
     from langchain_guardmw.history import Trial
 
 
-class ReviewState(AgentState[Any]):
-    """What a review keeps in the agent's state.
+class GuardState(AgentState[Any]):
+    """What a guard keeps in the agent's state, where nothing that goes into a run can put it.
+
+    Attributes:
+        guardmw_approved: the keys of messages on which it has been decided: by a person who approved them, or by the
+            guard that took blocked calls out of them.
+    """
+
+    guardmw_approved: NotRequired[Annotated[list[str], PrivateStateAttr, operator.add]]
+
+
+class ReviewState(GuardState):
+    """What a review keeps in the agent's state, too.
 
     Attributes:
         guardmw_held: the answer on which a person is to decide, packed.
-        guardmw_approved: the keys of the messages that a person approved.
     """
 
     guardmw_held: NotRequired[Annotated[bytes | None, PrivateStateAttr]]
-    guardmw_approved: NotRequired[Annotated[list[str], PrivateStateAttr, operator.add]]
 
 
 class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
@@ -70,6 +79,8 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
         BackendError: the spec names no backend, or it cannot be made.
         ValueError: on_block, stream or leak is none of those that there are.
     """
+
+    state_schema = GuardState
 
     def __new__(
         cls,
@@ -203,7 +214,7 @@ class Reviewing(GuardMiddleware):
             if decision == "approve":
                 approved.append(trial.key(at))
             elif decision == "edit":
-                changed.append(instead(messages[at], text))
+                changed.append(instead(messages[at], text=text))
             else:
                 rejected.append(verdict)
                 changed += [] if trial.failed(verdict) else [instead(messages[at])]

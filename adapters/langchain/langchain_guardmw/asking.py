@@ -14,14 +14,14 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langgraph.types import Command
 
 from guardmw import Blocked
-from langchain_guardmw.calls import TOOL_GUARD, Calls
+from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate
 from langchain_guardmw.model import stand_in
 from langchain_guardmw.outcome import log, refusal, strictest
-from langchain_guardmw.parts import is_name, is_role, within
+from langchain_guardmw.parts import is_role, within
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator
     from contextvars import Context
 
     from langchain.agents.middleware import ModelRequest
@@ -153,7 +153,7 @@ class Asking:
         self._request = request
         by = TOOL_GUARD.get()
         # An agent that runs within another's model call has tools of its own.
-        calls = Calls(by, history) if by is not None and by.state is request.state else None
+        calls = self._calls = Calls(by, history) if by is not None and by.state is request.state else None
         self._gate = gate
         self._history = history
         self._on_block = on_block
@@ -188,7 +188,8 @@ class Asking:
         decisive = [verdict for at, verdict in withheld.items() if at >= begin or failed(verdict)]
         decisive += of_prompt.values()
         messages = self._request.messages
-        self._instead = {at: instead(messages[at]) for at, verdict in withheld.items() if not failed(verdict)}
+        tools = names_of(self._request.tools)
+        self._instead = {at: instead(messages[at], tools) for at, verdict in withheld.items() if not failed(verdict)}
         verdict = strictest(decisive)
         if verdict is None:
             for verdict in withheld.values():
@@ -245,18 +246,21 @@ class Asking:
             if isinstance(message, AIMessage) and refuses(message):
                 response = ModelResponse(result=[_silenced(message)])
                 break
+        update: dict[str, Any] = {}
         for message in response.result[:1]:
             if isinstance(message, AIMessage):
                 self._trial.passes(message)
-        return self._with_changes(response)
+                if self._calls and self._calls.blocked and self._history.was_let_out(message):
+                    # In another process, or after other messages, a rule might still be against what is left of them.
+                    update["guardmw_approved"] = [self._history.read(message).key]
+        return self._with_changes(response, update)
 
     def refused(self) -> Response | Extended:
         """The refusal instead of an answer."""
-        return self._with_changes(ModelResponse(result=[self.refusal] if self.refusal else []))
+        return self._with_changes(ModelResponse(result=[self.refusal] if self.refusal else []), {})
 
-    def _with_changes(self, response: Response) -> Response | Extended:
+    def _with_changes(self, response: Response, update: dict[str, Any]) -> Response | Extended:
         state: Any = self._request.state
-        update: dict[str, Any] = {}
         if self._instead:
             # What is not in the state was added on the way here, and is not to be put into it.
             ids = {message.id for message in state["messages"]}
@@ -275,13 +279,14 @@ def refuses(message: BaseMessage) -> bool:
     return "guardmw" in message.response_metadata
 
 
-def instead(message: BaseMessage, text: str = WITHHELD) -> BaseMessage:
-    """The message with nothing of it left but what holds the conversation together."""
+def instead(message: BaseMessage, tools: Collection[str] = (), text: str = WITHHELD) -> BaseMessage:
+    """The message with nothing of it left but what holds the conversation together, and the names of these tools."""
     emptied: dict[str, Any] = {
         "content": text,
         "additional_kwargs": {},
         "response_metadata": {},
-        "name": message.name if message.name and is_name(message.name) else None,
+        # Of a FunctionMessage it has to have one.
+        "name": message.name if message.name in tools else ("tool" if message.type == "function" else None),
     }
     given = message.__dict__
     if given.get("artifact") is not None:
@@ -296,7 +301,7 @@ def instead(message: BaseMessage, text: str = WITHHELD) -> BaseMessage:
         emptied["tool_calls"] = [
             {
                 "type": "tool_call",
-                "name": call["name"] if is_name(call["name"]) else "tool",
+                "name": call["name"] if call["name"] in tools else "tool",
                 "args": {},
                 "id": call["id"],
             }

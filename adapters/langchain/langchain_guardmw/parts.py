@@ -400,10 +400,6 @@ def _all_of(message: BaseMessage, path: Channel, context: tuple[Turn, ...]) -> I
             media.append(str(kind[-1]))
         elif text:
             texts.setdefault(kind, []).append(text)
-    if name and not is_name(name):
-        texts.setdefault(("name",), []).append(name)
-    if not is_role(title := message.__dict__.get("role", "user")):
-        texts.setdefault(("role",), []).append(str(title))
     for kind, pieces in texts.items():
         yield Part((*path, kind), Turn(role, "".join(pieces), name=name), context, delta=delta)
     if calls:
@@ -430,6 +426,10 @@ def _said(message: BaseMessage, calls: Sequence[ToolCall]) -> Iterator[tuple[Kin
         besides = {key: _uncopied(value, calls) if key == "tool_calls" else value for key, value in besides.items()}
     for said in (content, besides, message.model_extra or {}):
         yield from _strings(said, _role(message))
+    if message.name and not is_name(message.name):
+        yield ("name",), message.name
+    if not is_role(title := message.__dict__.get("role", "user")):
+        yield ("role",), str(title)
 
 
 def _calls(message: BaseMessage) -> Iterator[ToolCall]:

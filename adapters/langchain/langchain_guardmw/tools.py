@@ -80,21 +80,19 @@ def results(result: object, name: str, context: tuple[Turn, ...] = ()) -> list[C
     return [within(context, _named(conversation, name)) for conversation in found]
 
 
-def refused(call: Mapping[str, Any], verdict: Verdict, text: str = CALL_WITHHELD) -> ToolMessage:
-    """What the model is told in place of a result."""
-    return told(call, verdict.to_dict(), text)
-
-
-def told(call: Mapping[str, Any], verdict: Mapping[str, Any], text: str = CALL_WITHHELD) -> ToolMessage:
-    """The same, by a verdict that was written down."""
-    # Rules are named in the policy's words; nothing of what was screened is in them.
-    why = ", ".join(dict.fromkeys(violation["rule"] for violation in verdict["violations"]))
+def refused(call: Mapping[str, Any], verdict: Verdict | None, text: str = CALL_WITHHELD) -> ToolMessage:
+    """What the model is told in place of a result; without a verdict it is one that nobody knows any more."""
+    why, noted = "it was blocked before", {}
+    if verdict is not None:
+        # Rules are named in the policy's words; nothing of what was screened is in them.
+        broken = dict.fromkeys(violation.rule for violation in verdict.violations)
+        why, noted = ", ".join(broken) or "it could not be judged", {"guardmw": verdict.to_dict()}
     return ToolMessage(
-        f"{text} ({why or 'it could not be judged'}).",
+        f"{text} ({why}).",
         tool_call_id=call["id"] or "",
         name=call["name"],
         status="error",
-        response_metadata={"guardmw": dict(verdict)},
+        response_metadata=noted,
     )
 
 
