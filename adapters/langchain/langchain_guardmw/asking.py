@@ -5,12 +5,14 @@ from __future__ import annotations
 import zlib
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from uuid import uuid4
 
 from langchain.agents.middleware import ModelResponse
 from langchain.agents.middleware.types import ExtendedModelResponse
 from langchain_core.messages import AIMessage, BaseMessage, message_chunk_to_message
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command
 
 from guardmw import Blocked
@@ -39,6 +41,8 @@ T = TypeVar("T")
 OnBlock = Literal["raise", "end", "replace", "review"]
 
 WITHHELD = "[Withheld by policy.]"
+# In the place of an answer that is held: the run is over. A jump would not last through the nodes after the model.
+ENDED = b""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,48 @@ class Reviewed(Told):
             yield chunk
 
 
+@dataclass(frozen=True)
+class Again(Told):
+    """Says what a person decided that the model is to have said, without asking it."""
+
+    said: AIMessage = field(kw_only=True)
+
+    def answer(self, run: Callable[[], Any]) -> Any:  # noqa: ANN401, ARG002, D102
+        return ChatResult(generations=[ChatGeneration(message=self.said)])
+
+    async def aanswer(self, run: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401, ARG002, D102
+        return ChatResult(generations=[ChatGeneration(message=self.said)])
+
+
+class Pending(NamedTuple):
+    """An answer that a refusal stands for until a person has decided.
+
+    Attributes:
+        answer: with the id of the refusal.
+        verdict: on it, as ``to_dict`` tells it.
+        structured: the agent makes an object of its model's answer, and asks again until it has one.
+        decided: this is what a person said is the answer.
+    """
+
+    answer: AIMessage
+    verdict: dict[str, Any]
+    structured: bool
+    decided: bool = False
+
+    def packed(self) -> bytes:
+        """As it is kept in the state: streams show that to everybody, and this is not for everybody to read.
+
+        Raises:
+            TypeError: it holds an object that no checkpoint could keep.
+        """
+        return zlib.compress(JsonPlusSerializer().dumps_typed(tuple(self))[1])
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> Pending:
+        """What is kept in the state."""
+        return cls(*JsonPlusSerializer().loads_typed(("msgpack", zlib.decompress(packed))))
+
+
 class Asking:
     """One call of an agent's model.
 
@@ -166,7 +212,12 @@ class Asking:
         self._prompt = history.trial([request.system_message]) if request.system_message else None
         self.asked = [*self._prompt.asked, *self._trial.asked] if self._prompt else self._trial.asked
         self._instead: dict[int, BaseMessage] = {}
-        self._around = (Reviewed if on_block == "review" else Told)(gate, "off", calls=calls, history=history)
+        self._said = self._decided()
+        self._around: Told
+        if self._said:
+            self._around = Again(gate, "off", output=False, history=history, said=self._said)
+        else:
+            self._around = (Reviewed if on_block == "review" else Told)(gate, "off", calls=calls, history=history)
 
     def take(self, verdicts: list[Verdict]) -> None:
         """The verdicts on what was asked.
@@ -204,7 +255,8 @@ class Asking:
         asked = copy(self._request)
         # `override` gives the same, and warns of each of nine attributes, which is dear also where nobody hears it.
         put = object.__setattr__
-        put(asked, "model", stand_in(self._request.model, self._around))
+        model = stand_in(self._request.model, self._around)
+        put(asked, "model", model.model_copy(update={"disable_streaming": True}) if self._said else model)
         if self._instead:
             messages = self._request.messages
             put(asked, "messages", [self._instead.get(at, message) for at, message in enumerate(messages)])
@@ -265,13 +317,44 @@ class Asking:
             # What is not in the state was added on the way here, and is not to be put into it.
             ids = {message.id for message in state["messages"]}
             update["messages"] = [message for message in self._instead.values() if message.id in ids]
-        if self._on_block == "review" and self._around.kept:
-            update["guardmw_held"] = _packed(self._around.kept[-1])
-        ended = any(isinstance(message, AIMessage) and refuses(message) for message in response.result)
-        if ended and self._request.response_format is not None and self._on_block != "review":
+        if state.get("guardmw_held") is not None:
+            update["guardmw_held"] = None
+        refused = next((one for one in response.result if isinstance(one, AIMessage) and refuses(one)), None)
+        if refused is not None and (held := self._held(refused)):
+            update["guardmw_held"] = held
+        elif self._request.response_format is not None and (refused is not None or self._says_no_more(response)):
             # An agent without tools asks its model until it has an object, and a refusal is none.
-            update["jump_to"] = "end"
+            update |= {"guardmw_held": ENDED} if self._on_block == "review" else {"jump_to": "end"}
         return ExtendedModelResponse(response, Command(update=update)) if update else response
+
+    def _decided(self) -> AIMessage | None:
+        """What a person said is the answer, unless the user went on."""
+        state: Any = self._request.state
+        packed = state.get("guardmw_held")
+        pending = Pending.unpacked(packed) if packed else None
+        if pending is None or not pending.decided:
+            return None
+        turn = self._request.messages[self._trial.begin() :]
+        return pending.answer if any(message.id == pending.answer.id for message in turn) else None
+
+    def _held(self, refused: AIMessage) -> bytes | None:
+        """The answer that a refusal stands for, if a person is to decide on it."""
+        if self._on_block != "review" or not self._around.kept:
+            return None
+        refused.id = refused.id or str(uuid4())
+        answer = self._around.kept[-1].model_copy(update={"id": refused.id, "name": refused.name})
+        structured = self._request.response_format is not None
+        try:
+            return Pending(answer, refused.response_metadata["guardmw"], structured).packed()
+        except TypeError:
+            log.warning("a withheld answer holds an object that no checkpoint keeps, and nobody is asked about it")
+            return None
+
+    def _says_no_more(self, response: Response) -> bool:
+        """Whether what a person said is the answer leaves the agent nothing to do."""
+        if self._said is None or response.structured_response is not None:
+            return False
+        return not any(isinstance(message, AIMessage) and message.tool_calls for message in response.result)
 
 
 def refuses(message: BaseMessage) -> bool:
@@ -324,16 +407,6 @@ def _silenced(message: AIMessage) -> AIMessage:
         response_metadata=message.response_metadata,
         usage_metadata=message.usage_metadata,
     )
-
-
-def _packed(answer: AIMessage) -> bytes:
-    # Streams show the whole state to everybody, and what a person has yet to decide on is not for everybody to read.
-    return zlib.compress(answer.model_dump_json().encode())
-
-
-def unpacked(packed: bytes) -> AIMessage:
-    """The answer on which a person is to decide."""
-    return AIMessage.model_validate_json(zlib.decompress(packed))
 
 
 def _merged(said: list[Any]) -> AIMessage:
