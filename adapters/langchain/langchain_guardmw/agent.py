@@ -6,7 +6,7 @@ import operator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Self, get_args
 
-from langchain.agents.middleware import AgentMiddleware, AgentState, hook_config
+from langchain.agents.middleware import AgentMiddleware, AgentState, ModelResponse, hook_config
 from langchain.agents.middleware.types import PrivateStateAttr
 from langchain.agents.structured_output import StructuredOutputError
 from langchain_core.messages import AIMessage
@@ -128,13 +128,15 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
         asking.take(guard.screen_many(asking.asked) if asking.asked else [])
         if asking.refusal:
             return asking.refused()
+        failed = None
         try:
             response = handler(asking.request())
         except StructuredOutputError as error:
-            response = asking.unstructured(error)
+            # It quotes an answer that may be another model's, and is judged with it.
+            response, failed = ModelResponse(result=[error.ai_message]), error
         for at, answer in asking.strays(response):
             asking.screened(response, at, guard.screen_many(self._gate.asked(answer, asking.context())))
-        return asking.answered(response)
+        return asking.answered(response, failed)
 
     @unhooked
     async def awrap_model_call(
@@ -146,13 +148,14 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
         asking.take(await guard.ascreen_many(asking.asked) if asking.asked else [])
         if asking.refusal:
             return asking.refused()
+        failed = None
         try:
             response = await handler(asking.request())
         except StructuredOutputError as error:
-            response = asking.unstructured(error)
+            response, failed = ModelResponse(result=[error.ai_message]), error
         for at, answer in asking.strays(response):
             asking.screened(response, at, await guard.ascreen_many(self._gate.asked(answer, asking.context())))
-        return asking.answered(response)
+        return asking.answered(response, failed)
 
     def _asking(self, request: Request, guard: Guard) -> Asking:
         return Asking(request, self._gate, self._history(guard), self._on_block)

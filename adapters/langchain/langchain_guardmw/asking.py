@@ -60,6 +60,10 @@ class Told(Around):
         """Nothing is judged that goes in: it has been."""
         return [], self.history.context(value)
 
+    def wants_object(self) -> Around:
+        """The same: of a refusal the agent learns otherwise."""
+        return self
+
     def spoken(self, answer: object, before: tuple[Turn, ...]) -> list[Conversation]:
         """What is to be judged of an answer, which the history reads anyway."""
         if not isinstance(answer, ChatResult):
@@ -266,12 +270,6 @@ class Asking:
         """What an answer is judged in the light of."""
         return self._trial.context()
 
-    def unstructured(self, error: StructuredOutputError) -> Response:
-        """The refusal that could not be read as structured output; or the error."""
-        if not refuses(error.ai_message):
-            raise error
-        return ModelResponse(result=[error.ai_message])
-
     def strays(self, response: Response) -> list[tuple[int, AIMessage]]:
         """Answers that did not come from the guarded model: another middleware put its own in its place."""
         return [
@@ -292,12 +290,19 @@ class Asking:
             response.result[at] = self._gate.withheld(stray, verdict)
             self._around.kept.append(stray)
 
-    def answered(self, response: Response) -> Response | Extended:
-        """The answer as the agent gets it, and what changes in its state."""
+    def answered(self, response: Response, error: StructuredOutputError | None) -> Response | Extended:
+        """The answer as the agent gets it, and what changes in its state.
+
+        Raises:
+            StructuredOutputError: the agent could not read it, and it is no refusal.
+        """
         for message in response.result:
             if isinstance(message, AIMessage) and refuses(message):
                 response = ModelResponse(result=[_silenced(message)])
                 break
+        else:
+            if error is not None:
+                raise error
         update: dict[str, Any] = {}
         for message in response.result[:1]:
             if isinstance(message, AIMessage):

@@ -15,6 +15,7 @@ from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequenc
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.runnables.fallbacks import RunnableWithFallbacks
+from langchain_core.tools import StructuredTool
 from pydantic import Field, InstanceOf, model_validator
 
 from langchain_guardmw.gate import Around, Gate, Input, OnBlock, as_guard
@@ -138,10 +139,11 @@ class GuardedModel(BaseChatModel):
         # Some models know no tool_choice.
         chosen = {} if tool_choice is None else {"tool_choice": tool_choice}
         bound = self.inner.bind_tools(tools, **chosen, **kwargs)
+        around = self.around.wants_object() if tools and all(map(_is_form, tools)) else self.around
         if isinstance(bound, RunnableBindingBase) and bound.bound is self.inner:
             # As _guarded() does, with no second model around the inner one.
-            return bound.model_copy(update={"bound": self})
-        return _guarded(bound, self.around)
+            return bound.model_copy(update={"bound": self.model_copy(update={"around": around})})
+        return _guarded(bound, around)
 
     def with_structured_output(  # noqa: D102
         self,
@@ -340,6 +342,14 @@ def _within(runnable: Runnable[Any, Any]) -> dict[str, Runnable[Any, Any]]:
     if isinstance(runnable, RunnableWithFallbacks):
         return dict(zip(map(str, range(len(runnable.fallbacks) + 1)), runnable.runnables, strict=True))
     return {"bound": runnable.bound} if isinstance(runnable, RunnableBindingBase) else {}
+
+
+def _is_form(tool: object) -> bool:
+    """Whether nothing can be done with a tool: agents offer one for their model to give structured output.
+
+    One without any other tools asks until it gets that.
+    """
+    return isinstance(tool, StructuredTool) and tool.func is None and tool.coroutine is None
 
 
 def _apart() -> Context:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.structured_output import ToolStrategy
+from langchain.agents.middleware import ModelFallbackMiddleware, ModelRetryMiddleware
+from langchain.agents.structured_output import ProviderStrategy, StructuredOutputError, ToolStrategy
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, ToolMessage
-from langchain_guardmw import GuardMiddleware, guard
+from langchain_core.tools import tool
+from langchain_guardmw import REFUSAL, GuardMiddleware, guard, guard_model
+from langchain_guardmw.gate import quoted
 from pydantic import BaseModel
 
 from guardmw import Blocked, Guard, Policy
@@ -121,6 +124,12 @@ def test_a_sentence_without_spaces_is_no_name(value: object) -> None:
         guard(BACKEND).invoke(value)
 
 
+@tool
+def note(text: str) -> str:
+    """Note something."""
+    return text
+
+
 class Answer(BaseModel):
     """What the agent is to come to."""
 
@@ -154,3 +163,81 @@ def test_a_refusal_ends_an_agent_that_wants_an_object(answer: AIMessage, on_bloc
     assert model.asked == 1
     assert ended.get("structured_response") is None
     assert "EVIL" not in repr(ended)
+
+
+@pytest.mark.parametrize("tools", [[], [note]])
+def test_a_guarded_model_raises_where_an_agent_would_ask_until_it_has_an_object(tools: Any) -> None:
+    """A refusal is none; where there are tools it ends the run."""
+    unsafe = AIMessage("", tool_calls=[{"name": "Answer", "args": {"x": "EVIL"}, "id": "1"}])
+    model = Counted(responses=[unsafe])
+    agent = create_agent(guard_model(model, BACKEND, on_block="refuse"), tools, response_format=ToolStrategy(Answer))
+    if tools:
+        assert agent.invoke({"messages": [("user", "hi")]})["messages"][-1].text == REFUSAL
+    else:
+        with pytest.raises(Blocked):
+            agent.invoke({"messages": [("user", "hi")]}, {"recursion_limit": 25})
+    assert model.asked == 1
+
+
+@pytest.mark.parametrize("args", [{"x": "EVIL"}, {"y": "EVIL"}])
+@pytest.mark.parametrize("include_raw", [False, True])
+@pytest.mark.parametrize("on_block", ["raise", "refuse"])
+def test_structured_output_that_does_not_fit_is_quoted_by_nobody(args: Any, include_raw: bool, on_block: Any) -> None:
+    """Its parser gets the refusal, or nothing."""
+    model = Counted(responses=[AIMessage("", tool_calls=[{"name": "Answer", "args": args, "id": "1"}])])
+    structured = guard_model(model, BACKEND, on_block=on_block).with_structured_output(Answer, include_raw=include_raw)
+    if on_block == "raise":
+        with pytest.raises(Blocked):
+            structured.invoke("hi")
+        return
+    answer: Any = structured.invoke("hi")
+    assert (answer["raw"].text if include_raw else answer) == (REFUSAL if include_raw else None)
+    assert "EVIL" not in repr(answer)
+
+
+@pytest.mark.parametrize("on_block", ["raise", "end"])
+@pytest.mark.parametrize("text", ["EVIL", "fine"])
+async def test_an_error_of_another_middlewares_model_quotes_nothing_unjudged(on_block: Any, text: str) -> None:
+    """Which is asked behind the guard's back, and whose answer the agent cannot read."""
+
+    def agent_of() -> Any:
+        fallback = ModelFallbackMiddleware(Counted(responses=[AIMessage(text)]))
+        middleware = [GuardMiddleware(BACKEND, on_block=on_block), fallback]
+        return create_agent(Broken(responses=[]), [], middleware=middleware, response_format=ProviderStrategy(Answer))
+
+    given = {"messages": [("user", "hi")]}
+    if text == "EVIL" and on_block == "end":
+        for ended in (agent_of().invoke(given), await agent_of().ainvoke(given)):
+            assert ended["messages"][-1].text == REFUSAL
+        return
+    with pytest.raises(Blocked if text == "EVIL" else StructuredOutputError) as raised:
+        agent_of().invoke(given)
+    assert text == "fine" or "EVIL" not in repr(quoted(raised.value))
+    with pytest.raises(Blocked if text == "EVIL" else StructuredOutputError):
+        await agent_of().ainvoke(given)
+
+
+class Broken(Counted):
+    """Cannot answer."""
+
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        raise ConnectionError
+
+
+@pytest.mark.parametrize("on_block", ["raise", "end"])
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_how_often_a_middleware_that_retries_asks(on_block: Any, where: str) -> None:
+    """Outside a guard that raises it takes Blocked for a failure; a refusal is an answer."""
+    model = Counted(responses=[AIMessage("EVIL")])
+    middleware: list[Any] = [
+        ModelRetryMiddleware(max_retries=2, initial_delay=0),
+        GuardMiddleware(BACKEND, on_block=on_block),
+    ]
+    agent = create_agent(model, [], middleware=middleware if where == "outside" else middleware[::-1])
+    try:
+        ended = agent.invoke({"messages": [("user", "hi")]})["messages"][-1].text
+    except Blocked:
+        ended = "raised"
+    assert "EVIL" not in ended
+    if (where, on_block) == ("outside", "raise"):
+        assert (model.asked, ended.startswith("Model call failed")) == (3, True)
