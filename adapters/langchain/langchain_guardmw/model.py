@@ -20,6 +20,7 @@ from pydantic import Field, InstanceOf, model_validator
 
 from langchain_guardmw.gate import Around, Gate, Input, OnBlock, as_guard
 from langchain_guardmw.hooks import signed
+from langchain_guardmw.outcome import is_failure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -154,6 +155,23 @@ class GuardedModel(BaseChatModel):
     ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
         structured = self.inner.with_structured_output(schema, include_raw=include_raw, **kwargs)
         return _guarded(structured, self.around)
+
+    def with_retry(  # noqa: D102
+        self,
+        *,
+        retry_if_exception_type: tuple[type[BaseException], ...] | Callable[[BaseException], bool] = (Exception,),
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        return super().with_retry(retry_if_exception_type=is_failure(retry_if_exception_type), **kwargs)
+
+    def with_fallbacks(  # noqa: D102
+        self,
+        fallbacks: Sequence[Runnable[LanguageModelInput, AIMessage]],
+        **kwargs: Any,  # noqa: ANN401
+    ) -> RunnableWithFallbacks[LanguageModelInput, AIMessage]:
+        # One of them is asked after a block, too.
+        guarded = [one if isinstance(one, GuardedModel) else _replaced(one, self.around) for one in fallbacks]
+        return super().with_fallbacks(guarded, **kwargs)
 
     def get_token_ids(self, text: str) -> list[int]:  # noqa: D102
         return self.inner.get_token_ids(text)

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import ModelFallbackMiddleware, ModelRetryMiddleware
+from langchain.agents.middleware import (
+    AgentMiddleware,
+    ModelFallbackMiddleware,
+    ModelRetryMiddleware,
+    ToolRetryMiddleware,
+)
 from langchain.agents.structured_output import ProviderStrategy, StructuredOutputError, ToolStrategy
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_guardmw import REFUSAL, GuardMiddleware, guard, guard_model
+from langchain_guardmw import REFUSAL, GuardMiddleware, ToolGuardMiddleware, guard, guard_model
 from langchain_guardmw.gate import quoted
 from pydantic import BaseModel
 
@@ -241,3 +247,79 @@ def test_how_often_a_middleware_that_retries_asks(on_block: Any, where: str) -> 
     assert "EVIL" not in ended
     if (where, on_block) == ("outside", "raise"):
         assert (model.asked, ended.startswith("Model call failed")) == (3, True)
+
+
+class Failures(BaseCallbackHandler):
+    """Counts runs that failed, that of the one that tries again included."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def on_chain_error(self, *args: Any, **kwargs: Any) -> None:
+        """One more."""
+        self.failures += 1
+
+    on_llm_error = on_chain_error
+
+
+@pytest.mark.parametrize("made", ["model", "bound", "guard"])
+def test_a_verdict_is_not_asked_for_again(made: str) -> None:
+    """It is no failure; those are tried again as before, and the types that are named as well."""
+    model = Counted(responses=[AIMessage("EVIL")])
+    guarding = guard_model(model, BACKEND)
+    retried: Any = {"model": guarding, "bound": guarding.bind(), "guard": guard(BACKEND)}[made]
+    for given in ({}, {"retry_if_exception_type": (Blocked, ConnectionError)}):
+        heard = Failures()
+        with pytest.raises(Blocked):
+            retried.with_retry(wait_exponential_jitter=False, **given).invoke("hi EVIL", {"callbacks": [heard]})
+        assert heard.failures == 2
+    heard = Failures()
+    failing = guard_model(Broken(responses=[]), BACKEND).with_retry(wait_exponential_jitter=False)
+    with pytest.raises(ConnectionError):
+        failing.invoke("hi", {"callbacks": [heard]})
+    assert heard.failures == 4
+
+
+def test_a_chain_that_is_tried_again_asks_its_model_again() -> None:
+    """LangChain's own step takes Blocked for a failure unless it is told which errors are; what is unsafe stays in."""
+    model = Counted(responses=[AIMessage("EVIL")])
+    chain: Any = model | guard(BACKEND)
+    with pytest.raises(Blocked):
+        chain.with_retry(wait_exponential_jitter=False).invoke("hi")
+    assert model.asked == 3
+    with pytest.raises(Blocked):
+        chain.with_retry(retry_if_exception_type=(ConnectionError,)).invoke("hi")
+    assert model.asked == 4
+
+
+@pytest.mark.parametrize("question", ["EVIL", "hi"])
+def test_the_fallbacks_of_a_guarded_model_are_guarded(question: str) -> None:
+    """A block has them asked, as any error does; a chain's are whoever they are."""
+    unguarded = Counted(responses=[AIMessage("EVIL")])
+    model = guard_model(Counted(responses=[AIMessage("EVIL")]), BACKEND)
+    with pytest.raises(Blocked):
+        model.with_fallbacks([unguarded]).invoke(question)
+    assert unguarded.asked == (question == "hi")
+    chain: Any = guard(BACKEND) | model
+    assert chain.with_fallbacks([unguarded]).invoke(question).text == "EVIL"
+    with pytest.raises(Blocked):
+        chain.with_fallbacks([unguarded], exceptions_to_handle=(ConnectionError,)).invoke(question)
+
+
+@pytest.mark.parametrize("order", ["guard first", "guard last"])
+def test_a_blocked_call_is_not_tried_again(order: str) -> None:
+    """It is told by a message, which is no failure."""
+    calls: list[str] = []
+
+    class Seen(AgentMiddleware[Any, Any, Any]):
+        def wrap_tool_call(self, request: Any, handler: Any) -> Any:
+            calls.append(request.tool_call["id"])
+            return handler(request)
+
+    asked = AIMessage("", tool_calls=[{"name": "note", "args": {"text": "EVIL"}, "id": "1"}])
+    middleware: list[Any] = [ToolGuardMiddleware(BACKEND), ToolRetryMiddleware(max_retries=2, initial_delay=0)]
+    middleware = middleware if order == "guard first" else middleware[::-1]
+    agent = create_agent(Counted(responses=[asked, AIMessage("Done.")]), [note], middleware=[Seen(), *middleware])
+    ended = agent.invoke({"messages": [("user", "hi")]})
+    assert [message.status for message in ended["messages"] if isinstance(message, ToolMessage)] == ["error"]
+    assert calls == ["1"]
