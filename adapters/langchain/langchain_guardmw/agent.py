@@ -6,13 +6,13 @@ import operator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Self, get_args
 
-from langchain.agents.middleware import AgentMiddleware, AgentState, hook_config
+from langchain.agents.middleware import AgentMiddleware, AgentState, ModelResponse, hook_config
 from langchain.agents.middleware.types import PrivateStateAttr
 from langchain.agents.structured_output import StructuredOutputError
 from langchain_core.messages import AIMessage
 from langgraph.types import interrupt
 
-from langchain_guardmw.asking import Asking, OnBlock, instead, unpacked
+from langchain_guardmw.asking import ENDED, Asking, OnBlock, Pending, instead
 from langchain_guardmw.gate import Gate, as_guard
 from langchain_guardmw.history import History
 from langchain_guardmw.hooks import signed, unhooked
@@ -30,16 +30,25 @@ if TYPE_CHECKING:
     from langchain_guardmw.history import Trial
 
 
-class ReviewState(AgentState[Any]):
-    """What a review keeps in the agent's state.
+class GuardState(AgentState[Any]):
+    """What a guard keeps in the agent's state, where nothing that goes into a run can put it.
 
     Attributes:
-        guardmw_held: the answer on which a person is to decide, packed.
-        guardmw_approved: the keys of the messages that a person approved.
+        guardmw_approved: the keys of messages on which it has been decided: by a person who approved them, or by the
+            guard that took blocked calls out of them.
+    """
+
+    guardmw_approved: NotRequired[Annotated[list[str], PrivateStateAttr, operator.add]]
+
+
+class ReviewState(GuardState):
+    """What a review keeps in the agent's state, too.
+
+    Attributes:
+        guardmw_held: the answer on which a person is to decide, packed; empty where the run is over.
     """
 
     guardmw_held: NotRequired[Annotated[bytes | None, PrivateStateAttr]]
-    guardmw_approved: NotRequired[Annotated[list[str], PrivateStateAttr, operator.add]]
 
 
 class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
@@ -70,6 +79,8 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
         BackendError: the spec names no backend, or it cannot be made.
         ValueError: on_block, stream or leak is none of those that there are.
     """
+
+    state_schema = GuardState
 
     def __new__(
         cls,
@@ -117,13 +128,15 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
         asking.take(guard.screen_many(asking.asked) if asking.asked else [])
         if asking.refusal:
             return asking.refused()
+        failed = None
         try:
             response = handler(asking.request())
         except StructuredOutputError as error:
-            response = asking.unstructured(error)
+            # It quotes an answer that may be another model's, and is judged with it.
+            response, failed = ModelResponse(result=[error.ai_message]), error
         for at, answer in asking.strays(response):
             asking.screened(response, at, guard.screen_many(self._gate.asked(answer, asking.context())))
-        return asking.answered(response)
+        return asking.answered(response, failed)
 
     @unhooked
     async def awrap_model_call(
@@ -135,13 +148,14 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
         asking.take(await guard.ascreen_many(asking.asked) if asking.asked else [])
         if asking.refusal:
             return asking.refused()
+        failed = None
         try:
             response = await handler(asking.request())
         except StructuredOutputError as error:
-            response = asking.unstructured(error)
+            response, failed = ModelResponse(result=[error.ai_message]), error
         for at, answer in asking.strays(response):
             asking.screened(response, at, await guard.ascreen_many(self._gate.asked(answer, asking.context())))
-        return asking.answered(response)
+        return asking.answered(response, failed)
 
     def _asking(self, request: Request, guard: Guard) -> Asking:
         return Asking(request, self._gate, self._history(guard), self._on_block)
@@ -174,21 +188,31 @@ class Reviewing(GuardMiddleware):
         trial.take(await guard.ascreen_many(trial.asked) if trial.asked else [])
         return self._decided(state, trial)
 
+    @hook_config(can_jump_to=["end", "model"])
     def after_model(self, state: ReviewState, runtime: Runtime[Any]) -> dict[str, Any] | None:  # noqa: ARG002
         """Ask about an answer that is withheld; a refusal stands in its place until then, and if it is rejected."""
         packed = state.get("guardmw_held")
         if packed is None:
             return None
-        held = unpacked(packed)
-        *before, stand_in = state["messages"]
-        verdict = stand_in.response_metadata["guardmw"]
-        decision, text = _decision(interrupt(_question(held, verdict)))
-        if decision == "reject":
+        if packed == ENDED:
+            return {"guardmw_held": None, "jump_to": "end"}
+        pending, messages = Pending.unpacked(packed), state["messages"]
+        id_ = pending.answer.id
+        at = next((at for at, message in enumerate(messages) if message.id == id_), None)
+        if at is None:
+            # Somebody took the refusal out, and there is no place for an answer.
             return {"guardmw_held": None}
-        answer = held if decision == "approve" else AIMessage(text)
-        answer.id, answer.name = stand_in.id, stand_in.name
-        trial = self._history(self._gate.ready()).trial([*before, answer])
-        return {"messages": [answer], "guardmw_held": None, "guardmw_approved": [trial.key(len(before))]}
+        decision, text = _decision(interrupt(_question(pending.answer, pending.verdict)))
+        if decision == "reject":
+            return {"guardmw_held": None} | ({"jump_to": "end"} if pending.structured else {})
+        answer = pending.answer if decision == "approve" else AIMessage(text, id=id_, name=pending.answer.name)
+        trial = self._history(self._gate.ready()).trial([*messages[:at], answer])
+        update: dict[str, Any] = {"guardmw_held": None, "guardmw_approved": [trial.key(at)]}
+        if not pending.structured:
+            return update | {"messages": [answer]}
+        # The agent reads an object from what its model says, and nowhere else: it is said there.
+        decided = pending._replace(answer=answer, decided=True)
+        return update | {"guardmw_held": decided.packed(), "jump_to": "model"}
 
     def _decided(self, state: ReviewState, trial: Trial) -> dict[str, Any] | None:
         messages: Sequence[BaseMessage] = state["messages"]
@@ -203,12 +227,13 @@ class Reviewing(GuardMiddleware):
             if decision == "approve":
                 approved.append(trial.key(at))
             elif decision == "edit":
-                changed.append(instead(messages[at], text))
+                changed.append(instead(messages[at], text=text))
             else:
                 rejected.append(verdict)
                 changed += [] if trial.failed(verdict) else [instead(messages[at])]
         update: dict[str, Any] = {"guardmw_approved": approved} if approved else {}
-        if state.get("guardmw_held") is not None:
+        packed = state.get("guardmw_held")
+        if packed is not None and (packed == ENDED or not Pending.unpacked(packed).decided):
             # Nobody has decided on it, and the user went on: its refusal stands.
             update["guardmw_held"] = None
         if rejected:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import zlib
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from uuid import uuid4
 
 from langchain.agents.middleware import ModelResponse
 from langchain.agents.middleware.types import ExtendedModelResponse
 from langchain_core.messages import AIMessage, BaseMessage, message_chunk_to_message
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command
 
 from guardmw import Blocked
-from langchain_guardmw.calls import TOOL_GUARD, Calls
+from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate
 from langchain_guardmw.model import stand_in
 from langchain_guardmw.outcome import log, refusal, strictest
-from langchain_guardmw.parts import is_name, within
+from langchain_guardmw.parts import is_role, within
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator
     from contextvars import Context
 
     from langchain.agents.middleware import ModelRequest
@@ -39,6 +41,8 @@ T = TypeVar("T")
 OnBlock = Literal["raise", "end", "replace", "review"]
 
 WITHHELD = "[Withheld by policy.]"
+# In the place of an answer that is held: the run is over. A jump would not last through the nodes after the model.
+ENDED = b""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Told(Around):
     def read(self, value: Any) -> tuple[list[Conversation], tuple[Turn, ...]]:  # noqa: ANN401 - messages
         """Nothing is judged that goes in: it has been."""
         return [], self.history.context(value)
+
+    def wants_object(self) -> Around:
+        """The same: of a refusal the agent learns otherwise."""
+        return self
 
     def spoken(self, answer: object, before: tuple[Turn, ...]) -> list[Conversation]:
         """What is to be judged of an answer, which the history reads anyway."""
@@ -140,6 +148,48 @@ class Reviewed(Told):
             yield chunk
 
 
+@dataclass(frozen=True)
+class Again(Told):
+    """Says what a person decided that the model is to have said, without asking it."""
+
+    said: AIMessage = field(kw_only=True)
+
+    def answer(self, run: Callable[[], Any]) -> Any:  # noqa: ANN401, ARG002, D102
+        return ChatResult(generations=[ChatGeneration(message=self.said)])
+
+    async def aanswer(self, run: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401, ARG002, D102
+        return ChatResult(generations=[ChatGeneration(message=self.said)])
+
+
+class Pending(NamedTuple):
+    """An answer that a refusal stands for until a person has decided.
+
+    Attributes:
+        answer: with the id of the refusal.
+        verdict: on it, as ``to_dict`` tells it.
+        structured: the agent makes an object of its model's answer, and asks again until it has one.
+        decided: this is what a person said is the answer.
+    """
+
+    answer: AIMessage
+    verdict: dict[str, Any]
+    structured: bool
+    decided: bool = False
+
+    def packed(self) -> bytes:
+        """As it is kept in the state: streams show that to everybody, and this is not for everybody to read.
+
+        Raises:
+            TypeError: it holds an object that no checkpoint could keep.
+        """
+        return zlib.compress(JsonPlusSerializer().dumps_typed(tuple(self))[1])
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> Pending:
+        """What is kept in the state."""
+        return cls(*JsonPlusSerializer().loads_typed(("msgpack", zlib.decompress(packed))))
+
+
 class Asking:
     """One call of an agent's model.
 
@@ -153,7 +203,7 @@ class Asking:
         self._request = request
         by = TOOL_GUARD.get()
         # An agent that runs within another's model call has tools of its own.
-        calls = Calls(by, history) if by is not None and by.state is request.state else None
+        calls = self._calls = Calls(by, history) if by is not None and by.state is request.state else None
         self._gate = gate
         self._history = history
         self._on_block = on_block
@@ -166,7 +216,12 @@ class Asking:
         self._prompt = history.trial([request.system_message]) if request.system_message else None
         self.asked = [*self._prompt.asked, *self._trial.asked] if self._prompt else self._trial.asked
         self._instead: dict[int, BaseMessage] = {}
-        self._around = (Reviewed if on_block == "review" else Told)(gate, "off", calls=calls, history=history)
+        self._said = self._decided()
+        self._around: Told
+        if self._said:
+            self._around = Again(gate, "off", output=False, history=history, said=self._said)
+        else:
+            self._around = (Reviewed if on_block == "review" else Told)(gate, "off", calls=calls, history=history)
 
     def take(self, verdicts: list[Verdict]) -> None:
         """The verdicts on what was asked.
@@ -188,7 +243,8 @@ class Asking:
         decisive = [verdict for at, verdict in withheld.items() if at >= begin or failed(verdict)]
         decisive += of_prompt.values()
         messages = self._request.messages
-        self._instead = {at: instead(messages[at]) for at, verdict in withheld.items() if not failed(verdict)}
+        tools = names_of(self._request.tools)
+        self._instead = {at: instead(messages[at], tools) for at, verdict in withheld.items() if not failed(verdict)}
         verdict = strictest(decisive)
         if verdict is None:
             for verdict in withheld.values():
@@ -203,7 +259,8 @@ class Asking:
         asked = copy(self._request)
         # `override` gives the same, and warns of each of nine attributes, which is dear also where nobody hears it.
         put = object.__setattr__
-        put(asked, "model", stand_in(self._request.model, self._around))
+        model = stand_in(self._request.model, self._around)
+        put(asked, "model", model.model_copy(update={"disable_streaming": True}) if self._said else model)
         if self._instead:
             messages = self._request.messages
             put(asked, "messages", [self._instead.get(at, message) for at, message in enumerate(messages)])
@@ -212,12 +269,6 @@ class Asking:
     def context(self) -> tuple[Turn, ...]:
         """What an answer is judged in the light of."""
         return self._trial.context()
-
-    def unstructured(self, error: StructuredOutputError) -> Response:
-        """The refusal that could not be read as structured output; or the error."""
-        if not refuses(error.ai_message):
-            raise error
-        return ModelResponse(result=[error.ai_message])
 
     def strays(self, response: Response) -> list[tuple[int, AIMessage]]:
         """Answers that did not come from the guarded model: another middleware put its own in its place."""
@@ -239,35 +290,76 @@ class Asking:
             response.result[at] = self._gate.withheld(stray, verdict)
             self._around.kept.append(stray)
 
-    def answered(self, response: Response) -> Response | Extended:
-        """The answer as the agent gets it, and what changes in its state."""
+    def answered(self, response: Response, error: StructuredOutputError | None) -> Response | Extended:
+        """The answer as the agent gets it, and what changes in its state.
+
+        Raises:
+            StructuredOutputError: the agent could not read it, and it is no refusal.
+        """
         for message in response.result:
             if isinstance(message, AIMessage) and refuses(message):
                 response = ModelResponse(result=[_silenced(message)])
                 break
+        else:
+            if error is not None:
+                raise error
+        update: dict[str, Any] = {}
         for message in response.result[:1]:
             if isinstance(message, AIMessage):
                 self._trial.passes(message)
-        return self._with_changes(response)
+                if self._calls and self._calls.blocked and self._history.was_let_out(message):
+                    # In another process, or after other messages, a rule might still be against what is left of them.
+                    update["guardmw_approved"] = [self._history.read(message).key]
+        return self._with_changes(response, update)
 
     def refused(self) -> Response | Extended:
         """The refusal instead of an answer."""
-        return self._with_changes(ModelResponse(result=[self.refusal] if self.refusal else []))
+        return self._with_changes(ModelResponse(result=[self.refusal] if self.refusal else []), {})
 
-    def _with_changes(self, response: Response) -> Response | Extended:
+    def _with_changes(self, response: Response, update: dict[str, Any]) -> Response | Extended:
         state: Any = self._request.state
-        update: dict[str, Any] = {}
         if self._instead:
             # What is not in the state was added on the way here, and is not to be put into it.
             ids = {message.id for message in state["messages"]}
             update["messages"] = [message for message in self._instead.values() if message.id in ids]
-        if self._on_block == "review" and self._around.kept:
-            update["guardmw_held"] = _packed(self._around.kept[-1])
-        ended = any(isinstance(message, AIMessage) and refuses(message) for message in response.result)
-        if ended and self._request.response_format is not None and self._on_block != "review":
+        if state.get("guardmw_held") is not None:
+            update["guardmw_held"] = None
+        refused = next((one for one in response.result if isinstance(one, AIMessage) and refuses(one)), None)
+        if refused is not None and (held := self._held(refused)):
+            update["guardmw_held"] = held
+        elif self._request.response_format is not None and (refused is not None or self._says_no_more(response)):
             # An agent without tools asks its model until it has an object, and a refusal is none.
-            update["jump_to"] = "end"
+            update |= {"guardmw_held": ENDED} if self._on_block == "review" else {"jump_to": "end"}
         return ExtendedModelResponse(response, Command(update=update)) if update else response
+
+    def _decided(self) -> AIMessage | None:
+        """What a person said is the answer, unless the user went on."""
+        state: Any = self._request.state
+        packed = state.get("guardmw_held")
+        pending = Pending.unpacked(packed) if packed else None
+        if pending is None or not pending.decided:
+            return None
+        turn = self._request.messages[self._trial.begin() :]
+        return pending.answer if any(message.id == pending.answer.id for message in turn) else None
+
+    def _held(self, refused: AIMessage) -> bytes | None:
+        """The answer that a refusal stands for, if a person is to decide on it."""
+        if self._on_block != "review" or not self._around.kept:
+            return None
+        refused.id = refused.id or str(uuid4())
+        answer = self._around.kept[-1].model_copy(update={"id": refused.id, "name": refused.name})
+        structured = self._request.response_format is not None
+        try:
+            return Pending(answer, refused.response_metadata["guardmw"], structured).packed()
+        except TypeError:
+            log.warning("a withheld answer holds an object that no checkpoint keeps, and nobody is asked about it")
+            return None
+
+    def _says_no_more(self, response: Response) -> bool:
+        """Whether what a person said is the answer leaves the agent nothing to do."""
+        if self._said is None or response.structured_response is not None:
+            return False
+        return not any(isinstance(message, AIMessage) and message.tool_calls for message in response.result)
 
 
 def refuses(message: BaseMessage) -> bool:
@@ -275,17 +367,20 @@ def refuses(message: BaseMessage) -> bool:
     return "guardmw" in message.response_metadata
 
 
-def instead(message: BaseMessage, text: str = WITHHELD) -> BaseMessage:
-    """The message with nothing of it left but what holds the conversation together."""
+def instead(message: BaseMessage, tools: Collection[str] = (), text: str = WITHHELD) -> BaseMessage:
+    """The message with nothing of it left but what holds the conversation together, and the names of these tools."""
     emptied: dict[str, Any] = {
         "content": text,
         "additional_kwargs": {},
         "response_metadata": {},
-        "name": message.name if message.name and is_name(message.name) else None,
+        # Of a FunctionMessage it has to have one.
+        "name": message.name if message.name in tools else ("tool" if message.type == "function" else None),
     }
     given = message.__dict__
     if given.get("artifact") is not None:
         emptied["artifact"] = None
+    if not is_role(given.get("role", "user")):
+        emptied["role"] = "user"
     for calls in ("invalid_tool_calls", "tool_call_chunks"):
         if given.get(calls):
             emptied[calls] = []
@@ -294,7 +389,7 @@ def instead(message: BaseMessage, text: str = WITHHELD) -> BaseMessage:
         emptied["tool_calls"] = [
             {
                 "type": "tool_call",
-                "name": call["name"] if is_name(call["name"]) else "tool",
+                "name": call["name"] if call["name"] in tools else "tool",
                 "args": {},
                 "id": call["id"],
             }
@@ -317,16 +412,6 @@ def _silenced(message: AIMessage) -> AIMessage:
         response_metadata=message.response_metadata,
         usage_metadata=message.usage_metadata,
     )
-
-
-def _packed(answer: AIMessage) -> bytes:
-    # Streams show the whole state to everybody, and what a person has yet to decide on is not for everybody to read.
-    return zlib.compress(answer.model_dump_json().encode())
-
-
-def unpacked(packed: bytes) -> AIMessage:
-    """The answer on which a person is to decide."""
-    return AIMessage.model_validate_json(zlib.decompress(packed))
 
 
 def _merged(said: list[Any]) -> AIMessage:

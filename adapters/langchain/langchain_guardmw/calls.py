@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 
     from langchain_core.messages import BaseMessage
+    from langchain_core.tools import BaseTool
 
     from guardmw import Conversation, Guard, Verdict
     from langchain_guardmw.history import Reads
     from langchain_guardmw.parts import Part
 
 BLOCKED_CALLS = "guardmw_calls"
-"""Where the message of a model holds the verdicts on those of its calls that were blocked, by their ids."""
+"""Where the message of a model holds the verdicts on those of its calls that were blocked, by their ids.
+
+Anybody can write it into a history: it is for people to read, and believed only where it forbids.
+"""
 
 # What else a message may hold of a call that is blocked.
 _COPIES = ("function_call", "tool_calls")
@@ -70,16 +74,18 @@ class Calls:
     Attributes:
         reads: reads the answer, which others read too.
         judged: they have been, all of them.
+        blocked: some of them have been.
     """
 
     by: ToolGuard
     reads: Reads
     judged: bool = field(default=False, init=False)
+    blocked: bool = field(default=False, init=False)
 
     def run(self, run: Callable[[], ChatResult]) -> ChatResult:
         """A model's answer, without what is blocked of its calls."""
         result = run()
-        asked = self._asked(_message_of(result))
+        asked = self._asked(*(one.message for one in result.generations))
         if not asked:
             return result
         return self._settled(result, asked, self.by.guard.screen_many(_conversations(asked)))
@@ -87,7 +93,7 @@ class Calls:
     async def arun(self, run: Callable[[], Coroutine[Any, Any, ChatResult]]) -> ChatResult:
         """``run``, without blocking the event loop."""
         result = await run()
-        asked = self._asked(_message_of(result))
+        asked = self._asked(*(one.message for one in result.generations))
         if not asked:
             return result
         return self._settled(result, asked, await self.by.guard.ascreen_many(_conversations(asked)))
@@ -130,15 +136,19 @@ class Calls:
         for chunk in tail:
             yield chunk
 
-    def _asked(self, message: BaseMessage) -> list[Asked]:
+    def _asked(self, *answers: BaseMessage) -> list[Asked]:
         """What its tools' guard has to judge; nothing where there are calls that no tool is going to answer."""
-        self.judged = False
+        self.judged = self.blocked = False
+        if len(answers) != 1:
+            # Candidates, of which an agent takes the first, and callbacks see all.
+            return []
+        (message,) = answers
         if not isinstance(message, AIMessage) or not message.tool_calls:
             return []
         ids = {call["id"] for call in message.tool_calls if call["id"]}
-        answers = any(call["name"] in self.by.answers for call in message.tool_calls)
+        structured = any(call["name"] in self.by.answers for call in message.tool_calls)
         calls = _calls_in(self.reads.read(message).parts)
-        if answers or not len(ids) == len(message.tool_calls) == calls:
+        if structured or not len(ids) == len(message.tool_calls) == calls:
             return []
         return self.by.asking(message)
 
@@ -149,11 +159,12 @@ class Calls:
             for call, verdict in zip(message.tool_calls, verdicts, strict=True)
             if verdict.blocked
         }
+        self.blocked = bool(blocked)
         self.by.keep(self.by.asking(self._emptied(message, blocked)) if blocked else asked, verdicts)
         return blocked
 
     def _settled(self, result: ChatResult, asked: list[Asked], verdicts: Sequence[Verdict]) -> ChatResult:
-        message: Any = _message_of(result)
+        message: Any = result.generations[0].message
         blocked = self._blocked(message, asked, verdicts)
         if not blocked:
             return result
@@ -209,6 +220,19 @@ class Calls:
         )
 
 
+def names_of(tools: Iterable[BaseTool | dict[str, Any]]) -> frozenset[str]:
+    """The names of tools, in whatever form a model is told of them."""
+    return frozenset(map(_name_of, tools))
+
+
+def _name_of(given: BaseTool | dict[str, Any]) -> str:
+    """The name of a tool, in whatever form a model is told of it."""
+    if isinstance(given, dict):
+        function = given.get("function")
+        return str((function if isinstance(function, dict) else given).get("name") or "")
+    return given.name
+
+
 def _calls(message: BaseMessage) -> int:
     """How many calls it makes, in whatever form."""
     return 0 if not isinstance(message, AIMessage) or is_plain(message) else _calls_in(spoken(message)[0])
@@ -220,10 +244,6 @@ def _calls_in(parts: Iterable[Part]) -> int:
 
 def _conversations(asked: list[Asked]) -> list[Conversation]:
     return [one.conversation for one in asked]
-
-
-def _message_of(result: ChatResult) -> BaseMessage:
-    return result.generations[0].message
 
 
 def _whole(chunks: list[ChatGenerationChunk]) -> AIMessage:

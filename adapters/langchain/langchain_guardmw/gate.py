@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, islice
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from langchain_core.runnables.config import ContextThreadPoolExecutor
+from pydantic import ValidationError
 
 from guardmw import Backend, Blocked, Guard
 from guardmw.conversation import STAGES
@@ -172,7 +173,8 @@ class Gate:
 class Around:
     """Judges what goes into a call before it runs or meanwhile, and what comes out, in its light, before it is seen.
 
-    Blocked, by whomever it was raised, is what the gate makes of it: Blocked still, or a refusal.
+    Blocked, by whomever it was raised, is what the gate makes of it: Blocked still, or a refusal. A ValueError, which
+    is what parsers raise, quotes the answer that it could not read, and is judged as that.
 
     Attributes:
         gate: judges what comes out.
@@ -194,10 +196,17 @@ class Around:
         """What ``run`` returns, once judged; a refusal is made of ``empty`` where it returned nothing."""
         asked, before = self.read(value)
         try:
-            answer = self._begin(asked, (lambda: context.run(run)) if context else run)
-            if not self.output:
-                return answer
-            return self.gate.settled(answer, self.gate.ready().screen_many(self.spoken(answer, before)))
+            try:
+                answer = self._begin(asked, (lambda: context.run(run)) if context else run)
+            except ValueError as error:
+                failed = error
+            else:
+                if not self.output:
+                    return answer
+                return self.gate.settled(answer, self.gate.ready().screen_many(self.spoken(answer, before)))
+            if self.output:
+                self.gate.screen(quoted(failed), before)
+            raise failed
         except Blocked as blocked:
             return self._refused(empty, blocked)
 
@@ -205,11 +214,18 @@ class Around:
         """``call``; where it is judged meanwhile, the call is a task, which is awaited even where it is cancelled."""
         asked, before = self.read(value)
         try:
-            answer = await self._abegin(asked, run)
-            if not self.output:
-                return answer
-            guard = await self.gate.aready()
-            return self.gate.settled(answer, await guard.ascreen_many(self.spoken(answer, before)))
+            try:
+                answer = await self._abegin(asked, run)
+            except ValueError as error:
+                failed = error
+            else:
+                if not self.output:
+                    return answer
+                guard = await self.gate.aready()
+                return self.gate.settled(answer, await guard.ascreen_many(self.spoken(answer, before)))
+            if self.output:
+                await self.gate.ascreen(quoted(failed), before)
+            raise failed
         except Blocked as blocked:
             return self._refused(empty, blocked)
 
@@ -217,13 +233,20 @@ class Around:
         self, value: object, run: Callable[[], Iterator[T]], *, empty: T, context: Context | None = None
     ) -> Iterator[T]:
         """The chunks of ``run()``, each once it has been judged; a refusal ends them, or is all there is."""
-        last, refused, upstream = None, None, Upstream(run(), context=context)
+        last, refused, failed, upstream = None, None, None, Upstream(run(), context=context)
         asked, before = self.read(value)
         try:
-            first = self._begin(asked, lambda: list(islice(upstream, 1)))
-            chunks: Iterable[T] = chain(first, upstream)
-            for last in self.gate.stream(chunks, upstream, before, self.calls) if self.output else chunks:
-                yield last
+            try:
+                first = self._begin(asked, lambda: list(islice(upstream, 1)))
+                chunks: Iterable[T] = chain(first, upstream)
+                for last in self.gate.stream(chunks, upstream, before, self.calls) if self.output else chunks:
+                    yield last
+            except ValueError as error:
+                failed = error
+            if failed is not None:
+                if self.output:
+                    self.gate.screen(quoted(failed), before)
+                raise failed
         except Blocked as blocked:
             refused = blocked
         finally:
@@ -235,17 +258,24 @@ class Around:
         self, value: object, run: Callable[[], AsyncIterator[T]], *, empty: T, context: Context | None = None
     ) -> AsyncGenerator[T, None]:
         """``stream``; the chunks are read by a task, which is awaited even where it is cancelled."""
-        last, refused, upstream = None, None, None
+        last, refused, failed, upstream = None, None, None, None
         asked, before = self.read(value)
         try:
-            if self.input == "parallel":
-                upstream = Ahead(run(), context=context)
-            await self._aadmit(asked)
-            upstream = upstream or Ahead(run(), context=context)
-            released = self.gate.astream(upstream, upstream, before, self.calls) if self.output else upstream
-            # Closed by nobody: the event loop, when it ends, closes all generators at once, each of them once.
-            async for last in released:
-                yield last
+            try:
+                if self.input == "parallel":
+                    upstream = Ahead(run(), context=context)
+                await self._aadmit(asked)
+                upstream = upstream or Ahead(run(), context=context)
+                released = self.gate.astream(upstream, upstream, before, self.calls) if self.output else upstream
+                # Closed by nobody: the event loop, when it ends, closes all generators at once, each of them once.
+                async for last in released:
+                    yield last
+            except ValueError as error:
+                failed = error
+            if failed is not None:
+                if self.output:
+                    await self.gate.ascreen(quoted(failed), before)
+                raise failed
         except Blocked as blocked:
             refused = blocked
         finally:
@@ -264,6 +294,10 @@ class Around:
                 value = value[-CONTEXT_TURNS:]
         asked = [part.conversation for part in parts(value)]
         return asked, tuple(conversation.last for conversation in asked[-CONTEXT_TURNS:])
+
+    def wants_object(self) -> Around:
+        """The same where whatever reads what comes out makes an object of it, as which no refusal can stand."""
+        return replace(self, gate=replace(self.gate, on_block="raise"))
 
     def spoken(self, answer: object, before: tuple[Turn, ...]) -> list[Conversation]:
         """What is to be judged of a whole answer, said after these turns."""
@@ -317,6 +351,19 @@ def admit(verdicts: Sequence[Verdict]) -> None:
     """Raise Blocked where one of them withholds."""
     if (verdict := strictest(verdicts)) is not None:
         raise Blocked(verdict)
+
+
+def quoted(error: BaseException | None) -> list[object]:
+    """All that an error says, and shows to whoever looks into it and its causes."""
+    texts: dict[str, None] = {}
+    inputs: list[object] = []
+    while error is not None:
+        held = getattr(error, "__dict__", {}).values()
+        texts |= dict.fromkeys((str(error), *(text for text in held if isinstance(text, str))))
+        if isinstance(error, ValidationError):
+            inputs += [one["input"] for one in error.errors(include_url=False, include_context=False)]
+        error = error.__cause__ or error.__context__
+    return [*texts, *inputs]
 
 
 _loading = Lock()

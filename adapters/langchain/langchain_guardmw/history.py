@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import marshal
-from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
-from langchain_guardmw.calls import BLOCKED_CALLS
 from langchain_guardmw.outcome import strictest
 from langchain_guardmw.parts import CONTEXT_TURNS, is_plain, spoken, within
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
     from types import EllipsisType
 
     from langchain_core.messages import BaseMessage
@@ -31,7 +29,7 @@ Key = tuple[bytes, ...]
 # All of a message that is judged.
 _JUDGED = ("additional_kwargs", "artifact", "content", "invalid_tool_calls", "tool_call_chunks", "tool_calls")
 # What nobody judges, and a model puts on its answer when that has been judged.
-_BESIDE = {"id": None, "usage_metadata": None}
+_BESIDE = {"id": None, "response_metadata": None, "usage_metadata": None}
 
 
 class Read(NamedTuple):
@@ -60,6 +58,11 @@ class Read(NamedTuple):
             return False
 
     @property
+    def key(self) -> str:
+        """By what it is approved whatever stands before it: of a guard, who left of it what may be said."""
+        return self.digest.hex()
+
+    @property
     def nameless(self) -> bytes:
         """Its digest, whoever is said to have spoken."""
         named = any(part.turn.name for part in self.parts)
@@ -81,9 +84,8 @@ class Reads:
         # Before it is read: what changes meanwhile has it read again.
         fields = _kept(message)
         found, turn = spoken(message)
-        parts = _left(found, message)
-        trials = tuple(part.conversation for part in parts)
-        read = Read(ref(message, lambda _: self._forget(at)), fields, _digest(trials), parts, trials, turn)
+        trials = tuple(part.conversation for part in found)
+        read = Read(ref(message, lambda _: self._forget(at)), fields, _digest(trials), tuple(found), trials, turn)
         self._reads[at] = read
         return read
 
@@ -107,7 +109,7 @@ class History(Reads):
     def trial(
         self, messages: Sequence[BaseMessage], approved: Collection[str] = (), *, calls_reviewed: bool = False
     ) -> Trial:
-        """Open the trial of a conversation; messages whose keys a person approved are not withheld.
+        """Open the trial of a conversation; messages with keys on which it was decided already are not withheld.
 
         Nor are, with ``calls_reviewed``, calls that a policy wants reviewed: somebody else has seen to that.
         """
@@ -229,24 +231,8 @@ class Trial:
         return [verdict for part, verdict in judged if verdict.action != "review" or not part.turn.tool_calls]
 
     def _withhold(self, at: int, verdict: Verdict) -> None:
-        if not self._approved or self.key(at) not in self._approved:
+        if not self._approved or not {self.key(at), self._reads[at].key}.intersection(self._approved):
             self.withheld[at] = verdict
-
-
-def _left(parts: Sequence[Part], message: BaseMessage) -> tuple[Part, ...]:
-    """The parts of a message, without those of its calls that were blocked: of them nothing is left."""
-    blocked = message.response_metadata.get(BLOCKED_CALLS)
-    return tuple(_unblocked(parts, blocked) if blocked else parts)
-
-
-def _unblocked(parts: Sequence[Part], blocked: Collection[str]) -> Iterator[Part]:
-    for part in parts:
-        calls = part.turn.tool_calls
-        left = tuple(call for call in calls if call.arguments or call.id not in blocked)
-        if left == calls:
-            yield part
-        elif left:
-            yield replace(part, turn=replace(part.turn, tool_calls=left))
 
 
 def _fields(message: BaseMessage) -> dict[str, Any]:
@@ -254,7 +240,7 @@ def _fields(message: BaseMessage) -> dict[str, Any]:
     fields = message.__dict__
     if is_plain(message):
         return {"content": fields["content"], "name": fields["name"], "role": fields.get("role")}
-    return {**fields, **_BESIDE, "response_metadata": message.response_metadata.get(BLOCKED_CALLS)}
+    return {**fields, **_BESIDE}
 
 
 def _kept(message: BaseMessage) -> dict[str, Any] | None:

@@ -15,10 +15,12 @@ from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequenc
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.runnables.fallbacks import RunnableWithFallbacks
+from langchain_core.tools import StructuredTool
 from pydantic import Field, InstanceOf, model_validator
 
 from langchain_guardmw.gate import Around, Gate, Input, OnBlock, as_guard
 from langchain_guardmw.hooks import signed
+from langchain_guardmw.outcome import is_failure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -138,10 +140,11 @@ class GuardedModel(BaseChatModel):
         # Some models know no tool_choice.
         chosen = {} if tool_choice is None else {"tool_choice": tool_choice}
         bound = self.inner.bind_tools(tools, **chosen, **kwargs)
+        around = self.around.wants_object() if tools and all(map(_is_form, tools)) else self.around
         if isinstance(bound, RunnableBindingBase) and bound.bound is self.inner:
             # As _guarded() does, with no second model around the inner one.
-            return bound.model_copy(update={"bound": self})
-        return _guarded(bound, self.around)
+            return bound.model_copy(update={"bound": self.model_copy(update={"around": around})})
+        return _guarded(bound, around)
 
     def with_structured_output(  # noqa: D102
         self,
@@ -152,6 +155,23 @@ class GuardedModel(BaseChatModel):
     ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
         structured = self.inner.with_structured_output(schema, include_raw=include_raw, **kwargs)
         return _guarded(structured, self.around)
+
+    def with_retry(  # noqa: D102
+        self,
+        *,
+        retry_if_exception_type: tuple[type[BaseException], ...] | Callable[[BaseException], bool] = (Exception,),
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        return super().with_retry(retry_if_exception_type=is_failure(retry_if_exception_type), **kwargs)
+
+    def with_fallbacks(  # noqa: D102
+        self,
+        fallbacks: Sequence[Runnable[LanguageModelInput, AIMessage]],
+        **kwargs: Any,  # noqa: ANN401
+    ) -> RunnableWithFallbacks[LanguageModelInput, AIMessage]:
+        # One of them is asked after a block, too.
+        guarded = [one if isinstance(one, GuardedModel) else _replaced(one, self.around) for one in fallbacks]
+        return super().with_fallbacks(guarded, **kwargs)
 
     def get_token_ids(self, text: str) -> list[int]:  # noqa: D102
         return self.inner.get_token_ids(text)
@@ -340,6 +360,14 @@ def _within(runnable: Runnable[Any, Any]) -> dict[str, Runnable[Any, Any]]:
     if isinstance(runnable, RunnableWithFallbacks):
         return dict(zip(map(str, range(len(runnable.fallbacks) + 1)), runnable.runnables, strict=True))
     return {"bound": runnable.bound} if isinstance(runnable, RunnableBindingBase) else {}
+
+
+def _is_form(tool: object) -> bool:
+    """Whether nothing can be done with a tool: agents offer one for their model to give structured output.
+
+    One without any other tools asks until it gets that.
+    """
+    return isinstance(tool, StructuredTool) and tool.func is None and tool.coroutine is None
 
 
 def _apart() -> Context:

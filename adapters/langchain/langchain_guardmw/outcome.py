@@ -11,7 +11,7 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from guardmw import Blocked
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from guardmw import Verdict
 
@@ -37,6 +37,12 @@ def strictest(verdicts: Sequence[Verdict]) -> Verdict | None:
         if verdict.action == "flag" or verdict.degraded:
             log.warning("%s at %s: %s", verdict.action, verdict.stage, verdict.summary)
     return None
+
+
+def is_failure(chosen: tuple[type[BaseException], ...] | Callable[[BaseException], bool]) -> Callable[..., bool]:
+    """Which errors are to be tried again, of those that were chosen: a verdict is none, and stays as it is."""
+    wanted = chosen if callable(chosen) else lambda error: isinstance(error, chosen)
+    return lambda error: not isinstance(error, Blocked) and wanted(error)
 
 
 def refusal(value: object, verdict: Verdict, *, text: str = REFUSAL) -> Any:  # noqa: ANN401 - of the value's own type

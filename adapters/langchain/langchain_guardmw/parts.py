@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import date, time, timedelta
 from enum import Enum
 from numbers import Number
+from operator import is_
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -33,7 +34,7 @@ from langchain_core.prompt_values import ImagePromptValue, PromptValue
 from langchain_core.runnables import AddableDict
 from pydantic import BaseModel
 
-from guardmw import Conversation, ToolCall, Turn
+from guardmw import Conversation, ConversationError, ToolCall, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -80,12 +81,11 @@ _SPEAKERS: dict[Stage, Role] = {
 # Numbers, dates and identifiers carry no message.
 _BYTES = (bytes, bytearray, memoryview)
 _WORDLESS = (type(None), Number, date, time, timedelta, UUID)
-# Beside the text, providers put identifiers and ciphertexts, which nobody reads (and in which there are no spaces).
+# Beside the text, providers put identifiers, which nobody reads (and in which there are no spaces).
 _LONGEST_NAME = 64
-_MARKS = frozenset({"id", "call_id", "tool_call_id", "type", "index", "status", "encrypted_content", "mime_type"})
+_MARKS = frozenset({"id", "call_id", "tool_call_id", "type", "index", "status", "mime_type"})
 _MARK = re.compile(r"[!-~]{0,64}")
-_CIPHERTEXT = re.compile(r"[!-~]*")
-_CIPHERS = ("redacted_thinking",)
+_CIPHERTEXT = re.compile(r"[\w+/=-]*", re.ASCII)
 _MEDIA = ("image", "audio", "video", "file", "document", "media")
 # Where providers put the arguments of a call; what has streamed is in the last, and the others are empty.
 _ARGUMENTS = ("input", "args", "arguments", "partial_json")
@@ -99,6 +99,19 @@ _KINDS: dict[Kind, Kind] = {
     ("thinking", "thinking"): ("reasoning",),
     ("reasoning_content",): ("reasoning",),
 }
+# Where in what a model said its provider puts ciphertext; anywhere else it is whoever wrote the JSON.
+_CIPHERS: frozenset[Kind] = frozenset(
+    {
+        ("thinking", "signature"),
+        ("reasoning", "signature"),
+        ("reasoning", "encrypted_content"),
+        ("reasoning", "reasoning", "encrypted_content"),
+        ("reasoning_content", "reasoning_content", "signature"),
+        ("redacted_thinking", "data"),
+        ("web_search_tool_result", "content", "web_search_result", "encrypted_content"),
+        *((kind, "extras", "signature") for kind in ("text", "reasoning", "tool_call", "function_call")),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +120,7 @@ class Part:
 
     Attributes:
         channel: where it stands. In a stream, parts of one channel belong together.
-        turn: the part alone: text, tool calls or media, never two of them.
+        turn: the part alone: text, tool calls (of which some may be unreadable, as media) or media.
         context: the turns before it.
         delta: it continues its channel; otherwise it is all that the channel has come to.
         plain: text that nobody is known to have spoken; the turn takes it for a user's.
@@ -136,13 +149,6 @@ def parts(value: object, stage: Stage | None = None) -> list[Part]:
         return [_unreadable(value, (), stage)]
 
 
-def turn_of(message: BaseMessage) -> Turn:
-    """A whole message as the context of others."""
-    if isinstance(message.content, str) and not message.additional_kwargs and not message.model_extra:
-        return Turn(_role(message), message.content, joined(_calls(message)), message.name or "")
-    return _turn(message, list(_message(message, ())))
-
-
 def spoken(message: BaseMessage) -> tuple[list[Part], Turn]:
     """The parts of one message, as if nothing came before it, and all of it as the context of others."""
     try:
@@ -153,7 +159,7 @@ def spoken(message: BaseMessage) -> tuple[list[Part], Turn]:
 
 
 def is_plain(message: BaseMessage) -> bool:
-    """Whether it says nothing but one text, in its name."""
+    """Whether it says nothing but one text, in its name and its role."""
     fields = message.__dict__
     return not (
         type(fields["content"]) is not str
@@ -162,8 +168,14 @@ def is_plain(message: BaseMessage) -> bool:
         or fields.get("artifact") is not None
         or fields.get("invalid_tool_calls")
         or fields.get("tool_call_chunks")
+        or not is_role(fields.get("role", "user"))
         or message.__pydantic_extra__
     )
+
+
+def is_role(word: object) -> bool:
+    """Whether it is a word for one of those who speak; another may be anybody's text."""
+    return word in _ROLES
 
 
 def is_name(text: str) -> bool:
@@ -182,6 +194,22 @@ def said(text: str, stage: Stage) -> Turn:
     if stage == "tool_call":
         return Turn("assistant", "", (ToolCall("", text),))
     return Turn(_SPEAKERS[stage], text)
+
+
+def called(calls: Iterable[ToolCall], name: str = "") -> Turn:
+    """Calls as a turn; what in their arguments cannot be read makes a verdict partial."""
+    given = tuple(calls)
+    read = tuple(map(_legible, given))
+    return Turn("assistant", "", read, name, () if all(map(is_, read, given)) else ("arguments",))
+
+
+def _legible(call: ToolCall) -> ToolCall:
+    try:
+        str(call)
+    except ConversationError:
+        texts = (part.turn.text for part in parts(call.arguments))
+        return replace(call, arguments="\n".join(filter(None, texts)))
+    return call
 
 
 def joined(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
@@ -372,12 +400,10 @@ def _all_of(message: BaseMessage, path: Channel, context: tuple[Turn, ...]) -> I
             media.append(str(kind[-1]))
         elif text:
             texts.setdefault(kind, []).append(text)
-    if name and not is_name(name):
-        texts.setdefault(("name",), []).append(name)
     for kind, pieces in texts.items():
         yield Part((*path, kind), Turn(role, "".join(pieces), name=name), context, delta=delta)
     if calls:
-        yield Part((*path, Beside.CALLS), Turn("assistant", "", calls, name), context, delta=delta)
+        yield Part((*path, Beside.CALLS), called(calls, name), context, delta=delta)
     if media:
         yield Part((*path, Beside.MEDIA), Turn(role, "", (), name, tuple(media)), context, delta=delta)
     artifact = message.__dict__.get("artifact")
@@ -398,9 +424,12 @@ def _said(message: BaseMessage, calls: Sequence[ToolCall]) -> Iterator[tuple[Kin
     if calls:
         content = _uncopied(content, calls)
         besides = {key: _uncopied(value, calls) if key == "tool_calls" else value for key, value in besides.items()}
-    yield from _strings(content)
-    yield from _strings(besides)
-    yield from _strings(message.model_extra or {})
+    for said in (content, besides, message.model_extra or {}):
+        yield from _strings(said, _role(message))
+    if message.name and not is_name(message.name):
+        yield ("name",), message.name
+    if not is_role(title := message.__dict__.get("role", "user")):
+        yield ("role",), str(title)
 
 
 def _calls(message: BaseMessage) -> Iterator[ToolCall]:
@@ -493,25 +522,24 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
 
 
-def _strings(value: object, path: Kind = ()) -> Iterator[tuple[Kind, str | None]]:
-    """Every string in a message's content with its kind; None in place of content that is not text."""
+def _strings(value: object, role: Role, path: Kind = ()) -> Iterator[tuple[Kind, str | None]]:
+    """Every string in what somebody said, with its kind; None in place of content that is not text."""
     if isinstance(value, str):
         yield _KINDS.get(path, path or _TEXT), value
     elif isinstance(value, Mapping):
-        yield from _block(value, path)
+        yield from _block(value, role, path)
     elif isinstance(value, Sequence | AbstractSet) and not isinstance(value, _BYTES):
         for item in value:
-            yield from _strings(item, path)
+            yield from _strings(item, role, path)
     elif (opened := _opened(value)) is not value:
-        yield from _strings(opened, path)
+        yield from _strings(opened, role, path)
     elif not isinstance(value, _WORDLESS):
         yield (*path, type(value).__name__), None
 
 
-def _block(block: Mapping[Any, Any], path: Kind) -> Iterator[tuple[Kind, str | None]]:
+def _block(block: Mapping[Any, Any], role: Role, path: Kind) -> Iterator[tuple[Kind, str | None]]:
     kind = block.get("type")
-    if kind in _CIPHERS and not path:
-        block = {key: item for key, item in block.items() if key != "data"}
+    nested = bool(path)
     keys = [key for key in block if isinstance(key, str) and not is_name(key)]
     if keys:
         yield (*path, "keys"), "\n".join(keys)
@@ -521,11 +549,21 @@ def _block(block: Mapping[Any, Any], path: Kind) -> Iterator[tuple[Kind, str | N
             yield path, None
             block = {key: block[key] for key in ("text", "transcript") if key in block}
     for key, item in block.items():
-        if not _is_mark(str(key), item):
-            yield from _strings(item, (*path, str(key)))
+        at = (*path, str(key))
+        own = role == "tool" and nested
+        if not (isinstance(item, str) and (_is_cipher(at, item, role) or (not own and _is_mark(at[-1], item)))):
+            yield from _strings(item, role, at)
 
 
-def _is_mark(key: str, item: object) -> bool:
-    """Whether it is one word that a machine gives, or a ciphertext; no sentence of a script without spaces is."""
-    form = _CIPHERTEXT if "signature" in key or key == "encrypted_content" else _MARK
-    return isinstance(item, str) and (key in _MARKS or "signature" in key) and form.fullmatch(item) is not None
+def _is_mark(key: str, item: str) -> bool:
+    """Whether it is one word that a machine gives; no sentence of a script without spaces is."""
+    return key in _MARKS and _MARK.fullmatch(item) is not None
+
+
+def _is_cipher(at: Kind, item: str, role: Role) -> bool:
+    """Whether it is ciphertext: as random as base64 is where it is long, or it is some text without spaces."""
+    if role != "assistant" or at not in _CIPHERS or not _CIPHERTEXT.fullmatch(item):
+        return False
+    digits, capitals = sum(map(str.isdigit, item)), sum(map(str.isupper, item))
+    # Chance gives 10, 26 and 26 of 64.
+    return len(item) <= _LONGEST_NAME or (digits * 16 > len(item) and len(item) < capitals * 8 < 6 * len(item))

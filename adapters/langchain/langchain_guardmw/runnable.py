@@ -13,10 +13,13 @@ from guardmw import Blocked, Guard
 from guardmw.conversation import Stage  # noqa: TC001 - pydantic reads the annotation
 from langchain_guardmw.gate import Gate, OnBlock, as_guard
 from langchain_guardmw.held import Mode  # noqa: TC001 - pydantic reads the annotation
+from langchain_guardmw.outcome import is_failure
 from langchain_guardmw.upstream import AsyncUpstream, Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+    from langchain_core.runnables import Runnable
 
     from guardmw import Backend, Conversation, Verdict
 
@@ -159,6 +162,14 @@ class GuardRunnable(RunnableSerializable[Any, Any]):
                 yield chunk
         finally:
             await upstream.aclose()
+
+    def with_retry(  # noqa: D102
+        self,
+        *,
+        retry_if_exception_type: tuple[type[BaseException], ...] | Callable[[BaseException], bool] = (Exception,),
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Runnable[Any, Any]:
+        return super().with_retry(retry_if_exception_type=is_failure(retry_if_exception_type), **kwargs)
 
     def _screen(self, value: Any) -> Any:  # noqa: ANN401 - what came in goes out
         return self._gate.screen(value)

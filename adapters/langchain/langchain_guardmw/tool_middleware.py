@@ -15,17 +15,16 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 from langgraph.types import interrupt
 
 from guardmw import Conversation, Turn
-from langchain_guardmw.calls import BLOCKED_CALLS, TOOL_GUARD, Asked, ToolGuard
+from langchain_guardmw.calls import BLOCKED_CALLS, TOOL_GUARD, Asked, ToolGuard, names_of
 from langchain_guardmw.gate import Gate, as_guard
 from langchain_guardmw.history import Reads
 from langchain_guardmw.hooks import signed, unhooked
 from langchain_guardmw.outcome import refusal, strictest
-from langchain_guardmw.parts import CONTEXT_TURNS, parts, turn_of, within
-from langchain_guardmw.tools import RESULT_WITHHELD, call_of, is_control_flow, refused, results, told
+from langchain_guardmw.parts import CONTEXT_TURNS, parts, spoken, within
+from langchain_guardmw.tools import RESULT_WITHHELD, call_of, is_control_flow, refused, results
 
 if TYPE_CHECKING:
     from langchain.agents.middleware import ModelRequest, ToolCallRequest
-    from langchain_core.tools import BaseTool
     from langgraph.types import Command
 
     from guardmw import Backend, Guard, Verdict
@@ -155,13 +154,11 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
                 self._desk.expect(one, verdict)
 
         answers = _structured_names(request.response_format)
-        return ToolGuard(guard, request.state, frozenset(map(_name_of, request.tools)), answers, asking, keep)
+        return ToolGuard(guard, request.state, names_of(request.tools), answers, asking, keep)
 
     def _route(self, guard: Guard, request: ToolCallRequest) -> Route:
         """Yields what is to be judged, and the call to make, if any."""
         said = _Said.of(request, self._reads, whole=_needs_all(guard))
-        if said.blocked:
-            return told(request.tool_call, said.blocked)
         admitted = yield from self._admitted(said, request)
         if isinstance(admitted, ToolMessage):
             return admitted
@@ -191,6 +188,8 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
             verdict = self._desk.recall(request, asked)
             if verdict is None:
                 known = self._desk.expected(asked)
+                if known is None and said.blocked:
+                    return refused(call, None)
                 verdict = strictest([known] if known is not None else (yield [asked.conversation]))
             if verdict is None:
                 return request
@@ -235,14 +234,14 @@ class _Said:
         before: the messages before the one that holds it.
         turn: that message; None where it is not to be found.
         position: of the call among that message's.
-        blocked: the verdict that it was blocked by before anybody saw it.
+        blocked: that message says it was, before anybody saw it; what was said to forge that only forbids.
         shares_task: other calls of the message may run in the same task of a graph, and its interrupts be theirs.
     """
 
     before: tuple[Read, ...] = ()
     turn: Turn | None = None
     position: int = 0
-    blocked: dict[str, Any] | None = None
+    blocked: bool = False
     shares_task: bool = False
 
     @classmethod
@@ -256,7 +255,8 @@ class _Said:
                 if id_ in ids:
                     earlier = messages[:at] if whole else messages[max(at - CONTEXT_TURNS, 0) : at]
                     before = tuple(reads.read(one) for one in earlier if isinstance(one, BaseMessage))
-                    blocked = message.response_metadata.get(BLOCKED_CALLS, {}).get(id_)
+                    noted = message.response_metadata.get(BLOCKED_CALLS)
+                    blocked = isinstance(noted, Mapping) and id_ in noted
                     shares_task = len(ids) > 1 and not _is_sent(request)
                     return cls(before, reads.read(message).turn, ids.index(id_), blocked, shares_task)
         return cls()
@@ -353,14 +353,6 @@ class _Answers:
     by_call: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def _name_of(given: BaseTool | dict[str, Any]) -> str:
-    """The name of a tool, in whatever form a model is told of it."""
-    if isinstance(given, dict):
-        function = given.get("function")
-        return str((function if isinstance(function, dict) else given).get("name") or "")
-    return given.name
-
-
 def _structured_names(form: object) -> frozenset[str]:
     """The names of the tools that a model calls to give structured output."""
     if isinstance(form, AutoStrategy):
@@ -445,7 +437,7 @@ def _as_called(result: Result, name: str, *, edited: bool) -> Result:
 
 def _structured(request: ModelRequest[Any], response: ModelResponse[Any]) -> list[Conversation]:
     """What is to be judged in structured output: the call that it was, or the answer."""
-    context = tuple(turn_of(one) for one in request.messages[-CONTEXT_TURNS:])
+    context = tuple(spoken(one)[1] for one in request.messages[-CONTEXT_TURNS:])
     answered = {message.tool_call_id for message in response.result if isinstance(message, ToolMessage)}
     asked = []
     for message in response.result:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from langchain_core.messages import ToolMessage
 from langchain_core.tools import BaseTool
 
-from guardmw import Blocked, Conversation, ConversationError, ToolCall, Turn
+from guardmw import Blocked, Conversation, ToolCall, Turn
 from langchain_guardmw.gate import Gate, admit, as_guard
 from langchain_guardmw.outcome import strictest
-from langchain_guardmw.parts import parts, within
+from langchain_guardmw.parts import called, parts, within
 
 if TYPE_CHECKING:
     from guardmw import Backend, Guard, Verdict
@@ -63,14 +63,7 @@ def guard_tool(tool: T, g: Guard | Backend | str | None = None) -> T:
 def call_of(name: str, arguments: object, id_: str | None) -> Turn:
     """A call as a turn; what in it cannot be read makes a verdict partial."""
     given = arguments if isinstance(arguments, str | Mapping) else {"": arguments}
-    call = ToolCall(name, given, id_ or "")
-    try:
-        str(call)
-    except ConversationError:
-        found = parts(arguments)
-        text = "\n".join(part.turn.text for part in found if part.turn.text)
-        return Turn("assistant", "", (ToolCall(name, text, id_ or ""),), media=("arguments",))
-    return Turn("assistant", "", (call,))
+    return called([ToolCall(name, given, id_ or "")])
 
 
 def results(result: object, name: str, context: tuple[Turn, ...] = ()) -> list[Conversation]:
@@ -87,21 +80,19 @@ def results(result: object, name: str, context: tuple[Turn, ...] = ()) -> list[C
     return [within(context, _named(conversation, name)) for conversation in found]
 
 
-def refused(call: Mapping[str, Any], verdict: Verdict, text: str = CALL_WITHHELD) -> ToolMessage:
-    """What the model is told in place of a result."""
-    return told(call, verdict.to_dict(), text)
-
-
-def told(call: Mapping[str, Any], verdict: Mapping[str, Any], text: str = CALL_WITHHELD) -> ToolMessage:
-    """The same, by a verdict that was written down."""
-    # Rules are named in the policy's words; nothing of what was screened is in them.
-    why = ", ".join(dict.fromkeys(violation["rule"] for violation in verdict["violations"]))
+def refused(call: Mapping[str, Any], verdict: Verdict | None, text: str = CALL_WITHHELD) -> ToolMessage:
+    """What the model is told in place of a result; without a verdict it is one that nobody knows any more."""
+    why, noted = "it was blocked before", {}
+    if verdict is not None:
+        # Rules are named in the policy's words; nothing of what was screened is in them.
+        broken = dict.fromkeys(violation.rule for violation in verdict.violations)
+        why, noted = ", ".join(broken) or "it could not be judged", {"guardmw": verdict.to_dict()}
     return ToolMessage(
-        f"{text} ({why or 'it could not be judged'}).",
+        f"{text} ({why}).",
         tool_call_id=call["id"] or "",
         name=call["name"],
         status="error",
-        response_metadata={"guardmw": dict(verdict)},
+        response_metadata=noted,
     )
 
 

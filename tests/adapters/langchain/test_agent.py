@@ -834,6 +834,129 @@ def test_a_user_who_goes_on_before_a_person_has_decided(run: Run, answer: Any) -
     assert NOTED == []
 
 
+def with_others(text: str) -> list[AIMessageChunk]:
+    """A call of a tool and structured output in one answer."""
+    first: Any = {"name": "note", "args": '{"text": "milk"}', "id": "8", "index": 0}
+    other: Any = {"name": "Answer", "args": '{"text": "' + text + '"}', "id": "9", "index": 1}
+    return [AIMessageChunk(content="", tool_call_chunks=[first, other])]
+
+
+@EVERY_RUN
+@pytest.mark.parametrize("strategy", [ToolStrategy, ProviderStrategy])
+@pytest.mark.parametrize("tools", [[], [note]])
+@DECISIONS
+def test_a_person_decides_on_structured_output(run: Run, strategy: Any, tools: Any, decision: Any) -> None:
+    """Approved it is the agent's; else the run ends, and does not ask the model until it says something better."""
+    answer = call("EVIL", "Answer") if strategy is ToolStrategy else [AIMessageChunk(content='{"text": "EVIL"}')]
+    model = Fake.saying(answer, SAFE)
+    middleware = GuardMiddleware(Witness(), on_block="review")
+    agent = agent_of(model, middleware, tools=tools, response_format=strategy(Answer))
+    run(agent, said("Hello."), lambda _: None)
+    if isinstance(decision, dict) and strategy is ProviderStrategy:
+        decision = {**decision, "content": '{"text": "Bread."}'}
+    run(agent, Command(resume=decision), lambda _: None)
+    state = agent.get_state(THREAD)
+    expected = Answer(text="EVIL") if decision == "approve" else None
+    if isinstance(decision, dict) and strategy is ProviderStrategy:
+        expected = Answer(text="Bread.")
+    assert state.values.get("structured_response") == expected
+    assert (len(model._asked), state.next, state.interrupts) == (1, (), ())
+    assert state.values.get("guardmw_held") is None
+    if decision in ("reject", 7):
+        assert texts(agent)[-1].endswith(REFUSAL)
+
+
+@BOTH
+def test_an_approved_call_beside_structured_output_is_made(run: Run) -> None:
+    """The agent gets all that the model said."""
+    model = Fake.saying(with_others("EVIL"))
+    middleware = GuardMiddleware(Witness(), on_block="review")
+    agent = agent_of(model, middleware, response_format=ToolStrategy(Answer))
+    run(agent, said("Hello."), lambda _: None)
+    run(agent, Command(resume="approve"), lambda _: None)
+    assert agent.get_state(THREAD).values["structured_response"] == Answer(text="EVIL")
+    assert NOTED == ["milk"]
+
+
+@BOTH
+def test_a_withheld_prompt_ends_an_agent_that_wants_an_object(run: Run) -> None:
+    """A person is asked about messages and answers, and about no prompt."""
+    model = Fake.saying(SAFE)
+    middleware = GuardMiddleware(Witness(), on_block="review")
+    agent = agent_of(model, middleware, tools=[], response_format=ToolStrategy(Answer), system_prompt="EVIL")
+    run(agent, said("Hello."), lambda _: None)
+    assert texts(agent) == ["Hello.", REFUSAL]
+
+
+class Chatty(AgentMiddleware[Any, Any, Any]):
+    """Has something to say after each answer."""
+
+    def after_model(self, state: Any, runtime: Any) -> Any:
+        """As an assistant."""
+        return {"messages": [AIMessage("By the way.", id=f"{len(state['messages'])}")]}
+
+
+@BOTH
+@DECISIONS
+@pytest.mark.parametrize("first", [True, False])
+def test_a_person_decides_where_others_add_messages(run: Run, first: bool, decision: Any) -> None:
+    """What was said stands where it was said."""
+    others = [Chatty(), GuardMiddleware(Witness(), on_block="review")]
+    agent = agent_of(Fake.saying(UNSAFE, SAFE), *(others if first else others[::-1]))
+    run(agent, said("Hello."), lambda _: None)
+    run(agent, Command(resume=decision), lambda _: None)
+    kept = {"approve": f"{UNSAFE} ", "reject": REFUSAL, 7: REFUSAL}
+    answer = "Bread." if isinstance(decision, dict) else kept[decision]
+    assert texts(agent) == ["Hello.", answer, "By the way."]
+
+
+@BOTH
+def test_nobody_is_asked_where_the_refusal_is_gone(run: Run) -> None:
+    """Whoever took it out has left no place for an answer."""
+
+    class Removing(AgentMiddleware[Any, Any, Any]):
+        def after_model(self, state: Any, runtime: Any) -> Any:
+            return {"messages": [RemoveMessage(id=state["messages"][-1].id), AIMessage("Another.")]}
+
+    agent = agent_of(Fake.saying(UNSAFE), GuardMiddleware(Witness(), on_block="review"), Removing())
+    run(agent, said("Hello."), lambda _: None)
+    assert texts(agent) == ["Hello.", "Another."]
+    assert agent.get_state(THREAD).values["guardmw_held"] is None
+
+
+class Raw(Fake):
+    """Answers with a call of just these arguments."""
+
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def _generate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> ChatResult:
+        self._asked.append(messages)
+        if len(self._asked) > 1:
+            return ChatResult(generations=[ChatGeneration(message=AIMessage("Done."))])
+        message = AIMessage("", tool_calls=[{"name": "note", "args": self._given, "id": "1"}])
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+@BOTH
+@pytest.mark.parametrize("odd", [b"\xff", {"milk"}, "half \ud83d", object()], ids=["bytes", "set", "half", "object"])
+@pytest.mark.parametrize("decision", ["approve", "reject"])
+def test_a_person_decides_on_what_no_json_holds(run: Run, odd: Any, decision: str) -> None:
+    """As a checkpoint keeps it; where none could keep it, the refusal stands, and the log says so."""
+    model = Raw()
+    model._given = {"text": "milk", "why": "EVIL", "odd": odd}
+    agent = agent_of(model, GuardMiddleware(Witness(), on_block="review"))
+    run(agent, said("Hello."), lambda _: None)
+    assert (texts(agent), NOTED) == (["Hello.", REFUSAL], [])
+    if type(odd) is object:
+        assert not agent.get_state(THREAD).interrupts
+        return
+    kept = "half ?" if isinstance(odd, str) else odd
+    assert pending(agent)["tool_calls"][0]["args"] == {"text": "milk", "why": "EVIL", "odd": kept}
+    run(agent, Command(resume=decision), lambda _: None)
+    assert (decision == "approve") == ("milk" in NOTED)
+    assert texts(agent)[-1] == ("Done." if decision == "approve" else REFUSAL)
+
+
 def test_many_threads_share_one() -> None:
     """Each gets its own verdict."""
     middleware = GuardMiddleware(Witness(), on_block="end")

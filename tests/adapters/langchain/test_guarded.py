@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.messages import AIMessage, AIMessageChunk
-from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
+from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableGenerator, RunnableLambda, RunnablePassthrough
 from langchain_guardmw import REFUSAL, GuardedChain, guard, guard_model, guarded
+from langchain_guardmw.gate import quoted
+from pydantic import BaseModel
 
 from guardmw import BackendError, Blocked, Conversation, Guard, Policy, Scores
 from guardmw.testing import KeywordBackend, ScriptedBackend
@@ -155,6 +158,55 @@ def test_what_has_no_refusal_is_raised(way: Way, given: Any) -> None:
     chain = guarded(PROMPT | model('{"a": "EVIL"}') | JsonOutputParser(), KEYWORD)
     with pytest.raises(Blocked):
         way(chain, given)
+
+
+class Strict(BaseOutputParser[str]):
+    """Reads nothing."""
+
+    def parse(self, text: str) -> str:
+        """Quote it, as LangChain's own do."""
+        raise OutputParserException("this is no answer", llm_output=text)
+
+
+class Note(BaseModel):
+    """Something noted."""
+
+    text: str
+
+
+PARSERS: dict[str, Runnable[Any, Any]] = {
+    "parser": Strict(),
+    "validation": RunnableLambda(lambda message: Note.model_validate_json(message.text)).with_types(output_type=str),
+}
+
+
+@WAYS
+@pytest.mark.parametrize("parser", PARSERS)
+def test_an_error_that_quotes_an_answer_is_judged(way: Way, parser: str) -> None:
+    """What a parser could not read, nobody has judged before."""
+    for text in (f'{{"note": "{"x" * 60} EVIL {"x" * 60}"}}', "EVIL", "Nothing."):
+        chain = PROMPT | model(text) | PARSERS[parser]
+        if text == "Nothing.":
+            with pytest.raises(ValueError) as raised:
+                way(guarded(chain, KEYWORD), {"topic": "bread"})
+            assert text in repr(quoted(raised.value))
+            continue
+        assert "".join(way(guarded(chain, KEYWORD), {"topic": "bread"})) == REFUSAL
+        with pytest.raises(Blocked) as blocked:
+            way(guarded(chain.with_types(output_type=dict), KEYWORD), {"topic": "bread"})
+        assert "EVIL" not in repr(quoted(blocked.value))
+
+
+@WAYS
+def test_a_guard_behind_a_parser_does_not_see_its_errors(way: Way) -> None:
+    """Which the page on LangChain says; the guard in front of the parser does, or a guarded model."""
+    for chain in (PROMPT | GUARD | model("EVIL") | Strict() | GUARD, PROMPT | model("EVIL") | Strict()):
+        with pytest.raises(OutputParserException) as raised:
+            way(chain, {"topic": "bread"})
+        assert raised.value.llm_output == "EVIL"
+    for chain in (PROMPT | model("EVIL") | GUARD | Strict(), PROMPT | guard_model(model("EVIL"), KEYWORD) | Strict()):
+        with pytest.raises(Blocked):
+            way(chain, {"topic": "bread"})
 
 
 @STREAMS
