@@ -158,7 +158,8 @@ class ToolRules:
         self._budgets = [(_Names(budget.tools, groups), budget) for budget in policy.budgets]
         self._flows = [_Flow(flow, groups) for flow in policy.flows]
         self._roles = frozenset(role for flow in self._flows for role in flow.roles)
-        self._running = Running(Before(0, b"", (0,) * len(self._budgets), (-1.0,) * len(self._flows)))
+        start = Before(0, b"", (0,) * len(self._budgets), (-1.0,) * len(self._flows))
+        self._running = Running(start, _arguments, frozen=True)
 
     def before(self, conversation: Conversation, heard: Mapping[bytes, float]) -> Before | None:
         """What came before, given what was heard of it already; None where no rule looks back."""
@@ -329,6 +330,11 @@ def _folded(name: str) -> str:
 
 def _says_anything(turn: Turn) -> bool:
     return bool(turn.media or turn.tool_calls or turn.text.strip())
+
+
+def _arguments(turns: Sequence[Turn]) -> list[list[object]]:
+    """What turns hold that may change."""
+    return [[call.arguments for call in turn.tool_calls] for turn in turns]
 
 
 def _digest(before: Before, turn: Turn) -> bytes:

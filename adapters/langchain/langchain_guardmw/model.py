@@ -15,10 +15,10 @@ from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequenc
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.runnables.fallbacks import RunnableWithFallbacks
-from pydantic import Field, InstanceOf, model_validator
+from pydantic import ConfigDict, Field, InstanceOf, model_validator
 
 from langchain_guardmw.gate import Around, Gate, Input, OnBlock, as_guard
-from langchain_guardmw.hooks import signed
+from langchain_guardmw.hooks import Signed, signed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -116,6 +116,8 @@ class GuardedModel(BaseChatModel):
     Attributes:
         inner: the model that answers.
     """
+
+    model_config = ConfigDict(ignored_types=(Signed,))
 
     inner: BaseChatModel
     around: InstanceOf[Around] = Field(default=Around(Gate(stage="output")), repr=False)
