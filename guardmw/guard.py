@@ -219,7 +219,10 @@ def _blank(text: str) -> bool:
 
 
 def _read(given: Iterable[Screenable]) -> list[Conversation]:
-    if isinstance(given, str | bytes | Mapping | Turn | Conversation) or not isinstance(given, Iterable):
+    # A list it is almost always, and to ask that is quick.
+    if not isinstance(given, list) and (
+        isinstance(given, str | bytes | Mapping | Turn | Conversation) or not isinstance(given, Iterable)
+    ):
         raise ConversationError(f"many conversations come as a list of them, not as one {type(given).__name__}")
     conversations = []
     for index, one in enumerate(given):

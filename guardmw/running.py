@@ -108,7 +108,10 @@ def _copied(value: Any) -> Any:  # noqa: ANN401 - any plain value
     if kind in _UNCHANGING:
         return value
     if kind is dict:
-        return {_copied(key): _copied(item) for key, item in value.items()}
+        return {
+            key if type(key) is str else _copied(key): item if type(item) in _UNCHANGING else _copied(item)
+            for key, item in value.items()
+        }
     if kind is list or kind is tuple:
-        return kind(map(_copied, value))
+        return kind(map(_copied, value)) if value else kind()
     raise TypeError(kind.__name__)
