@@ -55,7 +55,7 @@ class ToolCall:
         return f"{self.name} {arguments}" if self.name else arguments
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Turn:
     """One message by one speaker.
 

@@ -105,16 +105,17 @@ class Guard:
     def _ruled(self, tools: ToolRules, conversations: list[Conversation]) -> Plan[list[Verdict]]:
         """What tool rules block nobody is asked about; what else they find is added to what the backend says."""
         started = perf_counter()
-        found = [tools.violations(conversation) for conversation in conversations]
+        before = [tools.before(conversation, self._heard) for conversation in conversations]
+        found = list(map(tools.violations, conversations, before))
         asked = [i for i, broken in enumerate(found) if not broken or broken[0].action != "block"]
-        earlier = {i: tools.depends_on(conversations[i]) for i in asked}
-        needed = {one.key: one.conversation for each in earlier.values() for one in each}
-        # Copied: others may empty the memory while this plan waits.
-        heard = {key: p for key in needed if (p := self._heard.get(key)) is not None}
-        new = {key: conversation for key, conversation in needed.items() if key not in heard}
-        judged = yield from self._judged([*(conversations[i] for i in asked), *new.values()])
-        for key, verdict in zip(new, judged[len(asked) :], strict=True):
-            heard[key] = self._hear(key, verdict)
+        needed = {
+            earlier.key: Conversation(conversations[i].turns[: earlier.at])
+            for i in asked
+            for earlier in tools.depends_on(conversations[i], before[i])
+        }
+        judged = yield from self._judged([*(conversations[i] for i in asked), *needed.values()])
+        # Kept apart from the memory, which others may empty.
+        heard = {key: self._hear(key, verdict) for key, verdict in zip(needed, judged[len(asked) :], strict=True)}
         verdicts = dict(zip(asked, judged, strict=False))
         elapsed_ms = (perf_counter() - started) * 1000
         for i, conversation in enumerate(conversations):
@@ -122,11 +123,11 @@ class Guard:
                 coverage = Coverage(len(conversation.trial), 0, 0, 0, conversation.last.media)
                 verdicts[i] = self._rules[conversation.stage].refuse(found[i], coverage, elapsed_ms)
                 continue
-            own = tools.key(conversation)
+            earlier = before[i]
+            own = tools.key(conversation, earlier)
             if own:
                 self._hear(own, verdicts[i])
-            before = [(one.conversation.last, heard[one.key]) for one in earlier[i]]
-            broken = (*found[i], *tools.flows(conversation, before))
+            broken = (*found[i], *(tools.flows(conversation, earlier.hearing(heard)) if earlier else ()))
             if broken:
                 verdicts[i] = verdicts[i].beside(broken)
         return [verdicts[i] for i in range(len(conversations))]
@@ -218,7 +219,10 @@ def _blank(text: str) -> bool:
 
 
 def _read(given: Iterable[Screenable]) -> list[Conversation]:
-    if isinstance(given, str | bytes | Mapping | Turn | Conversation) or not isinstance(given, Iterable):
+    # A list it is almost always, and to ask that is quick.
+    if not isinstance(given, list) and (
+        isinstance(given, str | bytes | Mapping | Turn | Conversation) or not isinstance(given, Iterable)
+    ):
         raise ConversationError(f"many conversations come as a list of them, not as one {type(given).__name__}")
     conversations = []
     for index, one in enumerate(given):

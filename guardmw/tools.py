@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from guardmw.arguments import Argument, Constraint, Name
-from guardmw.conversation import Conversation, loads
+from guardmw.conversation import loads
+from guardmw.running import Running
 from guardmw.settings import Part, Score
 from guardmw.verdict import SEVERITY, Action, Violation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from guardmw.conversation import ToolCall, Turn
+    from guardmw.conversation import Conversation, ToolCall, Turn
 
 Source = Literal["tool_result", "document"]
 
@@ -88,21 +89,56 @@ class ToolPolicy(Part):
 
 
 class Earlier(NamedTuple):
-    """A turn of the context on which a flow depends.
+    """A turn of the context that flows go by, and whose score is not known yet.
 
     Attributes:
         key: tells it, and all that came before it, from any other.
-        conversation: that ends with it.
+        at: how many turns there are up to it.
+        flows: which flows.
     """
 
     key: bytes
-    conversation: Conversation
+    at: int
+    flows: tuple[int, ...]
+
+
+class Before(NamedTuple):
+    """What rules have to know of the turns before the one on trial.
+
+    Attributes:
+        turns: how many there are.
+        digest: of all of them.
+        calls: how many each budget counts.
+        injection: the highest P(injection) that each flow has to go by, so far; below 0 where there is none.
+        unheard: the turns that are still to be judged.
+    """
+
+    turns: int
+    digest: bytes
+    calls: tuple[int, ...]
+    injection: tuple[float, ...]
+    unheard: tuple[Earlier, ...] = ()
+
+    def hearing(self, scores: Mapping[bytes, float]) -> Before:
+        """The same, with these scores of turns that were still to be judged."""
+        if not self.unheard:
+            return self
+        injection, unheard = list(self.injection), []
+        for earlier in self.unheard:
+            # Asked for once: others may empty the memory meanwhile.
+            p = scores.get(earlier.key)
+            if p is None:
+                unheard.append(earlier)
+                continue
+            for at in earlier.flows:
+                injection[at] = max(injection[at], p)
+        return self._replace(injection=tuple(injection), unheard=tuple(unheard))
 
 
 class ToolRules:
-    """A ToolPolicy in the form that is fast to apply: nothing in it changes, and no pattern is compiled per call."""
+    """A ToolPolicy in the form that is fast to apply: no pattern is compiled per call, and no turn read twice."""
 
-    __slots__ = ("_arguments", "_budgets", "_flows", "_known", "_lists", "_roles", "_unlisted")
+    __slots__ = ("_arguments", "_budgets", "_flows", "_known", "_lists", "_roles", "_running", "_unlisted")
 
     def __init__(self, policy: ToolPolicy) -> None:
         groups = policy.groups
@@ -122,8 +158,32 @@ class ToolRules:
         self._budgets = [(_Names(budget.tools, groups), budget) for budget in policy.budgets]
         self._flows = [_Flow(flow, groups) for flow in policy.flows]
         self._roles = frozenset(role for flow in self._flows for role in flow.roles)
+        start = Before(0, b"", (0,) * len(self._budgets), (-1.0,) * len(self._flows))
+        self._running = Running(start, _arguments, frozen=True)
 
-    def violations(self, conversation: Conversation) -> tuple[Violation, ...]:
+    def before(self, conversation: Conversation, heard: Mapping[bytes, float]) -> Before | None:
+        """What came before, given what was heard of it already; None where no rule looks back."""
+        last = conversation.last
+        if last.role not in self._roles and not (last.tool_calls and (self._budgets or self._flows)):
+            return None
+        return self._running.after(conversation.context, self._step, lambda known: known.hearing(heard))
+
+    def _step(self, before: Before, turn: Turn) -> Before:
+        calls = before.calls
+        if self._budgets and turn.tool_calls:
+            names = [_folded(call.name) for call in _each_once(turn)]
+            calls = tuple(
+                so_far + sum(map(budget.hold, names)) for so_far, (budget, _) in zip(calls, self._budgets, strict=True)
+            )
+        digest, unheard = before.digest, before.unheard
+        if self._flows:
+            digest = _digest(before, turn)
+            flows = tuple(at for at, flow in enumerate(self._flows) if flow.goes_by(turn))
+            if flows and _says_anything(turn):
+                unheard = (*unheard, Earlier(digest, before.turns + 1, flows))
+        return Before(before.turns + 1, digest, calls, before.injection, unheard)
+
+    def violations(self, conversation: Conversation, before: Before | None) -> tuple[Violation, ...]:
         """The rules that the calls on trial break, strictest first; flows are apart, as they need scores."""
         calls = conversation.last.tool_calls
         if not calls:
@@ -136,8 +196,8 @@ class ToolRules:
                 if names.hold(folded):
                     given = _read(call.arguments)
                     found += filter(None, (argument.violation(given) for argument in arguments))
-        if self._budgets:
-            found += self._over_budget(conversation)
+        if before:
+            found += self._over_budget(conversation.last, before)
         return _strictest_first(found)
 
     def _by_name(self, name: str, folded: str) -> Iterator[Violation]:
@@ -150,44 +210,36 @@ class ToolRules:
             # The name itself is the model's text, and may be anything.
             yield _broken("tool:unlisted", self._unlisted)
 
-    def _over_budget(self, conversation: Conversation) -> Iterator[Violation]:
-        now = [_folded(call.name) for call in _each_once(conversation.last)]
-        before = [_folded(call.name) for turn in conversation.context for call in _each_once(turn)]
-        for names, budget in self._budgets:
+    def _over_budget(self, last: Turn, before: Before) -> Iterator[Violation]:
+        now = [_folded(call.name) for call in _each_once(last)]
+        for (names, budget), earlier in zip(self._budgets, before.calls, strict=True):
             count = sum(map(names.hold, now))
-            if count and count + sum(map(names.hold, before)) > budget.calls:
+            if count and count + earlier > budget.calls:
                 yield _broken(f"budget:{names.label}", budget.action)
 
-    def depends_on(self, conversation: Conversation) -> list[Earlier]:
-        """The turns of the context whose scores ``flows`` needs; none where no flow is about the calls on trial."""
-        roles = {role for flow in self._about(conversation) for role in flow.roles}
-        if not roles:
+    def depends_on(self, conversation: Conversation, before: Before | None) -> list[Earlier]:
+        """The turns of the context whose scores ``flows`` still needs; none where no flow is about the calls."""
+        if before is None or not before.unheard:
             return []
-        digest, found = blake2b(digest_size=16), []
-        for at, turn in enumerate(conversation.context, start=1):
-            digest.update(_spelled(turn))
-            if turn.role in roles and _says_anything(turn):
-                found.append(Earlier(digest.digest(), Conversation(conversation.turns[:at])))
-        return found
+        about = {at for at, _ in self._about(conversation)}
+        return [earlier for earlier in before.unheard if not about.isdisjoint(earlier.flows)]
 
-    def key(self, conversation: Conversation) -> bytes | None:
+    def key(self, conversation: Conversation, before: Before | None) -> bytes | None:
         """What ``depends_on`` will call the turn on trial when it has become context; None where no flow would ask."""
-        if conversation.last.role not in self._roles:
-            return None
-        digest = blake2b(digest_size=16)
-        for turn in conversation.turns:
-            digest.update(_spelled(turn))
-        return digest.digest()
+        return _digest(before, conversation.last) if before and conversation.last.role in self._roles else None
 
-    def flows(self, conversation: Conversation, scores: Sequence[tuple[Turn, float]]) -> tuple[Violation, ...]:
+    def flows(self, conversation: Conversation, before: Before | None) -> tuple[Violation, ...]:
         """The flows that the calls on trial break, strictest first, by P(injection) of what they depend on."""
-        return _strictest_first(filter(None, (flow.violation(scores) for flow in self._about(conversation))))
+        if before is None:
+            return ()
+        about = self._about(conversation)
+        return _strictest_first(filter(None, (flow.violation(before.injection[at]) for at, flow in about)))
 
-    def _about(self, conversation: Conversation) -> list[_Flow]:
+    def _about(self, conversation: Conversation) -> list[tuple[int, _Flow]]:
         if not self._flows or not conversation.last.tool_calls:
             return []
         names = [_folded(call.name) for call in conversation.last.tool_calls]
-        return [flow for flow in self._flows if any(map(flow.names.hold, names))]
+        return [(at, flow) for at, flow in enumerate(self._flows) if any(map(flow.names.hold, names))]
 
 
 class _Names:
@@ -226,12 +278,14 @@ class _Flow:
         self.roles = frozenset(_ROLE_OF[source] for source in flow.after)
         self._rule = f"flow:{self.names.label}"
 
-    def violation(self, scores: Sequence[tuple[Turn, float]]) -> Violation | None:
-        read = [p for turn, p in scores if turn.role in self.roles and not self._trusted.hold(turn.name)]
+    def goes_by(self, turn: Turn) -> bool:
+        """Whether the turn is of a kind that is not trusted."""
+        return turn.role in self.roles and not self._trusted.hold(turn.name)
+
+    def violation(self, injection: float) -> Violation | None:
+        """By the highest P(injection) of what it goes by; below 0 where there was nothing."""
         threshold = self._settings.injection
-        if not read or max(read) < threshold:
-            return None
-        return Violation(self._rule, max(read), threshold, self._settings.action)
+        return Violation(self._rule, injection, threshold, self._settings.action) if injection >= threshold else None
 
 
 def _broken(rule: str, action: Action) -> Violation:
@@ -278,8 +332,13 @@ def _says_anything(turn: Turn) -> bool:
     return bool(turn.media or turn.tool_calls or turn.text.strip())
 
 
-def _spelled(turn: Turn) -> bytes:
-    """All of a turn that a backend is given to judge; the ids of its calls are not."""
-    # The length tells where a text ends and the next turn begins. Half of a surrogate pair is text too.
+def _arguments(turns: Sequence[Turn]) -> list[list[object]]:
+    """What turns hold that may change."""
+    return [[call.arguments for call in turn.tool_calls] for turn in turns]
+
+
+def _digest(before: Before, turn: Turn) -> bytes:
+    """Of all that came before, and of all in a turn that a backend is given to judge; the ids of its calls are not."""
+    # The length tells where a text ends. Half of a surrogate pair is text too.
     head = repr((turn.role, turn.name, turn.media, [str(call) for call in turn.tool_calls], len(turn.text)))
-    return (head + turn.text).encode(errors="surrogatepass")
+    return blake2b(before.digest + (head + turn.text).encode(errors="surrogatepass"), digest_size=16).digest()

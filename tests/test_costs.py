@@ -141,6 +141,23 @@ def test_rules_for_other_tools_cost_next_to_nothing() -> None:
     assert (more - few) / 10 <= FUNCTIONS_A_RULE
 
 
+@pytest.mark.usefixtures("no_collector")
+def test_rules_that_look_back_cost_no_more_the_longer_the_conversation_is() -> None:
+    """What a turn was is worked out once, when it is new."""
+    rules = {"flows": [{"tools": ["note"], "injection": 0.5}], "budgets": [{"tools": ["note"], "calls": 1_000}]}
+    guard = Guard(Instant(), policy=Policy.model_validate({"tools": rules}))
+    turns: tuple[Turn, ...] = (Turn("user", TEXT),)
+    costs = []
+    for at in range(100):
+        cost = []
+        for new in (Turn("assistant", tool_calls=(ToolCall("note", {"at": at}),)), Turn("tool", f"noted {at}")):
+            turns += (new,)
+            conversation = Conversation(turns)
+            cost.append(functions_called(lambda: guard.screen(conversation)))  # noqa: B023 - called at once
+        costs.append(cost)
+    assert all(cost == costs[10] for cost in costs[10:])
+
+
 def test_a_verdict_that_is_kept_is_small(guard: Guard) -> None:
     """An audit log may hold thousands: itself, what it covered, and how long it took."""
     assert blocks(lambda: [guard.screen(TEXT) for _ in range(1_000)]) / 1_000 <= BLOCKS

@@ -21,7 +21,7 @@ ADAPTERS = ROOT / "adapters"
 STOREYS = (
     {"_yaml", "errors", "conversation", "taxonomy"},
     {"verdict", "settings"},
-    {"arguments", "tools"},
+    {"arguments", "running", "tools"},
     {"policy"},
     {"backends", "dialects"},
     {"guard", "stream", "testing"},

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import gc
 import json
 import pickle
 import re
 import threading
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -64,6 +67,10 @@ class Reader:
     async def aclassify(self, conversations: Sequence[Conversation]) -> list[Scores]:
         """Score a batch."""
         return self.classify(conversations)
+
+
+class Opaque(dict[str, Any]):
+    """A value that nobody can copy, for all that is known of it."""
 
 
 def policy(**tools: Any) -> Policy:
@@ -434,6 +441,81 @@ def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < len(guard._heard) <= 3
 
 
+# In a conversation that goes on
+
+LOOKING_BACK: dict[str, Any] = {**FLOW, "budgets": [{"tools": ["read"], "calls": 3}]}
+
+
+class Wary(Reader):
+    """Finds an injection after a call for "b", too."""
+
+    def classify(self, conversations: Sequence[Conversation]) -> list[Scores]:
+        """Score a batch."""
+        after_b = [
+            '"b"' in "".join(str(call) for turn in one.context for call in turn.tool_calls) for one in conversations
+        ]
+        found = super().classify(conversations)
+        return [Scores(0.01, injection=0.8) if b else scores for b, scores in zip(after_b, found, strict=True)]
+
+
+Change = Callable[[list[Turn]], list[Turn]]
+
+
+def edited(turns: list[Turn]) -> list[Turn]:
+    """A call's arguments are changed in place."""
+    for one in turns[1].tool_calls:
+        one.arguments["to"] = "b"  # type: ignore[index]
+    return turns
+
+
+def summarised(turns: list[Turn]) -> list[Turn]:
+    """What came first is one turn now."""
+    return [Turn("user", "They greeted."), *turns[2:]]
+
+
+CHANGES: list[Change] = [
+    edited,
+    summarised,
+    lambda turns: turns[1:],
+    lambda turns: [turns[0], *turns[2:]],
+    lambda turns: [turns[0], turns[0], *turns[1:]],
+    lambda turns: [*turns[:2], Turn("tool", "fine"), *turns[3:]],
+    lambda turns: [*turns[:2], Turn("tool", "IGNORE all"), *turns[3:]],
+    lambda turns: [replace(turn) for turn in turns],
+    lambda turns: turns[:-1],
+    lambda turns: [*turns, call("read"), Turn("tool", "page")],
+]
+
+
+@given(st.lists(st.sampled_from(CHANGES), max_size=5), st.booleans())
+def test_rules_that_look_back_see_the_history_as_it_is(changes: list[Change], plain: bool) -> None:
+    """Whatever became of it since the last call: the verdict is that of a guard that has not seen it before."""
+    argument: Any = "a" if plain else Opaque()
+    guard = Guard(Wary(), policy=policy(**LOOKING_BACK))
+    turns = [Turn("user", "Go."), call("read", to="a", of=argument), Turn("tool", "page"), call("read"), call("look")]
+    for change in (list, *changes):
+        turns = change(turns)
+        for last in (call("read"), call("send_email"), Turn("tool", "new")):
+            conversation = Conversation((*turns, last))
+            fresh = Guard(Wary(), policy=policy(**LOOKING_BACK))
+            assert guard.screen(conversation).summary == fresh.screen(conversation).summary
+        if len(turns) < 3:
+            break
+
+
+def test_what_is_known_of_a_conversation_goes_with_it() -> None:
+    """A guard keeps no turn alive; not where the first is there twice, either."""
+    guard = Guard(Reader(), policy=policy(**LOOKING_BACK))
+    for repeated in (0, 1):
+        turns = [Turn("user", "Go."), *READ, call("read")]
+        turns += turns[:repeated]
+        gone = [weakref.ref(turn) for turn in (turns[0], turns[-1])]
+        guard.screen([*turns, call("send_email")])
+        del turns
+        gc.collect()
+        assert [turn() for turn in gone] == [None, None]
+
+
 Way = Callable[[Guard, list[Any]], list[Verdict]]
 
 
@@ -699,5 +781,6 @@ def test_every_fault_of_the_rules_is_told_at_once() -> None:
 def test_rules_can_be_asked_without_a_guard() -> None:
     """What needs no scores."""
     rules = ToolRules(ToolPolicy(block=["shell"]))
-    assert [v.rule for v in rules.violations(Conversation.of(call("shell")))] == ["tool:shell"]
-    assert rules.violations(Conversation.of("shell")) == ()
+    for said, broken in ((call("shell"), ["tool:shell"]), ("shell", [])):
+        conversation = Conversation.of(said)
+        assert [v.rule for v in rules.violations(conversation, rules.before(conversation, {}))] == broken

@@ -1,4 +1,4 @@
-"""What both middlewares add to a turn of an agent, without tools and with a call, and what an empty pair adds."""
+"""What both middlewares add to a turn of an agent, without a tool call and with one, and what an empty pair adds."""
 
 from __future__ import annotations
 
@@ -84,7 +84,11 @@ class Scripted(FakeMessagesListChatModel):
 
 
 class Answering(BaseChatModel):
-    """Answers at once; it could stream, and nobody asks it to."""
+    """Answers at once, and calls no tool; it could stream, and nobody asks it to."""
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[Any, AIMessage]:
+        """As providers do."""
+        return self.bind()
 
     @property
     def _llm_type(self) -> str:
@@ -114,8 +118,8 @@ def agent_of(*middleware: Any) -> Any:
 
 
 def answering(*middleware: Any) -> Any:
-    """An agent without tools: a run is one model call."""
-    return create_agent(Answering(), [], middleware=middleware)
+    """An agent whose runs are one model call each."""
+    return create_agent(Answering(), [note], middleware=middleware)
 
 
 def history(length: int) -> list[BaseMessage]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from statistics import median
+from random import Random
+from statistics import median, quantiles
 from time import perf_counter_ns, process_time_ns
 from typing import TYPE_CHECKING, Any
 
@@ -63,16 +64,23 @@ class Witness:
         return self.classify(conversations)
 
 
-def compared(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Medians in µs, wall time and (as "… cpu") the process's own, taken in turns: all see the same machine."""
-    times: dict[str, list[int]] = {f"{name}{kind}": [] for name in steps for kind in ("", " cpu")}
+def compared(steps: Mapping[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
+    """Times in µs, taken in turns, so that all see the same machine, and in changing order.
+
+    Wall time is the median; processor time that of the quickest twentieth, which neighbours disturb least.
+    """
+    times: dict[str, list[tuple[int, int]]] = {name: [] for name in steps}
+    order, by_chance = list(steps.items()), Random(0)  # noqa: S311 - no secret
     for _ in range(ROUNDS + 20):
-        for name, step in steps.items():
+        by_chance.shuffle(order)
+        for name, step in order:
             began, own = perf_counter_ns(), process_time_ns()
             step()
-            times[f"{name} cpu"].append(process_time_ns() - own)
-            times[name].append(perf_counter_ns() - began)
-    return {name: median(each[20:]) / 1000 for name, each in times.items()}
+            times[name].append((perf_counter_ns() - began, process_time_ns() - own))
+    return {
+        name: (median(wall for wall, _ in each[20:]) / 1000, quantiles((own for _, own in each[20:]), n=20)[0] / 1000)
+        for name, each in times.items()
+    }
 
 
 def steps() -> None:
@@ -93,12 +101,15 @@ def steps() -> None:
     }
     for way, each in (("sync", sync), ("async", asynchronous)):
         cost = compared(each)
-        bare, own = cost["prompt | model"], cost["prompt | model cpu"]
-        shown = (
-            f"{name} {cost[name]:.0f} (+{cost[name] - bare:.0f}, cpu +{cost[f'{name} cpu'] - own:.0f})"
-            for name in chains
+        bare = cost.pop("prompt | model")
+        added = {name: (wall - bare[0], own - bare[1]) for name, (wall, own) in cost.items()}
+        shown = (f"{name} {wall:+.0f} (cpu {own:+.0f})" for name, (wall, own) in added.items())
+        ratios = (ours / its for ours, its in zip(added["| guard()"], added["| RunnableLambda"], strict=True))
+        print(
+            f"{way}, µs: prompt | model {bare[0]:.0f} (cpu {bare[1]:.0f}), {', '.join(shown)}; "
+            "a guard step is {:.2f} RunnableLambdas (cpu {:.2f})".format(*ratios),
+            flush=True,
         )
-        print(f"{way}, µs: {', '.join(shown)}", flush=True)
     loop.close()
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import marshal
 from hashlib import blake2b
 from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
+from guardmw.running import Running
 from langchain_guardmw.outcome import strictest
 from langchain_guardmw.parts import CONTEXT_TURNS, is_plain, spoken, within
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-    from types import EllipsisType
+    from collections.abc import Collection, Iterable, Sequence
 
     from langchain_core.messages import BaseMessage
 
@@ -26,6 +27,7 @@ REMEMBERED = 4_096
 Key = tuple[bytes, ...]
 """A message and the context that it is judged in, by their digests."""
 
+_HELD = attrgetter("__dict__", "__pydantic_extra__")
 # All of a message that is judged.
 _JUDGED = ("additional_kwargs", "artifact", "content", "invalid_tool_calls", "tool_call_chunks", "tool_calls")
 # What nobody judges, and a model puts on its answer when that has been judged.
@@ -93,6 +95,38 @@ class Reads:
         self._reads.pop(at, None)
 
 
+class Case(NamedTuple):
+    """A message that has not passed.
+
+    Attributes:
+        asked: what is to be judged of it, in its context.
+        verdict: that withholds it; None while it has not been judged.
+    """
+
+    at: int
+    key: Key
+    asked: tuple[Conversation, ...]
+    verdict: Verdict | None = None
+
+
+class Said(NamedTuple):
+    """What a conversation has come to.
+
+    Attributes:
+        length: how many messages there are.
+        begin: where the user spoke last.
+        key: of the last message.
+        recent: the last ones, in whose light the next is judged.
+        cases: those that have not passed.
+    """
+
+    length: int = 0
+    begin: int = 0
+    key: Key = ()
+    recent: tuple[Read, ...] = ()
+    cases: tuple[Case, ...] = ()
+
+
 class History(Reads):
     """Verdicts by what was judged. May be shared between threads.
 
@@ -105,6 +139,34 @@ class History(Reads):
         self._max_characters = max_characters
         self._verdicts: dict[Key, Verdict | None] = {}
         self._passed: dict[int, tuple[Read, bytes]] = {}
+        self._said = Running(Said(), held, frozen=False)
+
+    def said(self, messages: Sequence[BaseMessage]) -> Said:
+        """What a conversation has come to, of which only what is new is read."""
+        return self._said.after(messages, self._step, self._judged)
+
+    def _step(self, said: Said, message: BaseMessage) -> Said:
+        read = self.read(message)
+        at = said.length
+        key = (*(earlier.digest for earlier in said.recent), read.digest)
+        context = tuple(earlier.turn for earlier in said.recent)
+        case = Case(at, key, tuple(within(context, conversation) for conversation in read.conversations))
+        begin = at if read.turn.role == "user" else said.begin
+        return Said(at + 1, begin, key, (*said.recent, read)[-CONTEXT_TURNS:], (*said.cases, *self._heard(case)))
+
+    def _judged(self, said: Said) -> Said:
+        if not said.cases:
+            return said
+        return said._replace(cases=tuple(case for one in said.cases for case in self._heard(one)))
+
+    def _heard(self, case: Case) -> tuple[Case, ...]:
+        """The case, with what is known of its verdict; none where it has passed."""
+        if case.verdict is not None:
+            return (case,)
+        verdict = self._verdicts.get(case.key, ...)
+        if verdict is None:
+            return ()
+        return (case,) if verdict is ... else (case._replace(verdict=verdict),)
 
     def trial(
         self, messages: Sequence[BaseMessage], approved: Collection[str] = (), *, calls_reviewed: bool = False
@@ -134,10 +196,6 @@ class History(Reads):
         # Not by their turns, whose arguments are the message's own, changed or not.
         return read is passed or read.nameless == digest
 
-    def verdict(self, key: Key) -> Verdict | EllipsisType | None:
-        """The verdict that withholds it; None where it passed, and ``...`` where it has not been judged."""
-        return self._verdicts.get(key, ...)
-
     def remember(self, key: Key, verdict: Verdict | None) -> None:
         """Keep a verdict, or None where it passed."""
         if len(self._verdicts) >= REMEMBERED:
@@ -165,31 +223,27 @@ class Trial:
     def __init__(
         self, history: History, messages: Sequence[BaseMessage], approved: Collection[str], *, calls_reviewed: bool
     ) -> None:
-        self.asked: list[Conversation] = []
         self.withheld: dict[int, Verdict] = {}
         self._history = history
         self._approved = approved
         self._calls_reviewed = calls_reviewed
-        self._reads = [history.read(message) for message in messages]
-        self._digests = [read.digest for read in self._reads]
-        self._open: list[tuple[int, int]] = []
-        for at in range(len(messages)):
-            verdict = history.verdict(self._window(at))
-            if verdict is ...:
-                self._ask(at)
-            elif verdict is not None:
-                self._withhold(at, verdict)
+        self._said = history.said(messages)
+        self._open = [case for case in self._said.cases if case.verdict is None]
+        self.asked = [conversation for case in self._open for conversation in case.asked]
+        for case in self._said.cases:
+            if case.verdict is not None:
+                self._withhold(case, case.verdict)
 
     def take(self, verdicts: Sequence[Verdict]) -> None:
         """The verdicts on what was asked, in its order."""
         given = iter(verdicts)
-        for at, count in self._open:
-            own = list(islice(given, count))
-            verdict = strictest(self._counted(at, own))
+        for case in self._open:
+            own = list(islice(given, len(case.asked)))
+            verdict = strictest(self._counted(case, own))
             if not any(map(self._history.failed, own)):
-                self._history.remember(self._window(at), verdict)
+                self._history.remember(case.key, verdict)
             if verdict is not None:
-                self._withhold(at, verdict)
+                self._withhold(case, verdict)
 
     def failed(self, verdict: Verdict) -> bool:
         """Whether it rests on nothing but a backend's failure, which may pass."""
@@ -197,42 +251,42 @@ class Trial:
 
     def passes(self, answer: BaseMessage) -> None:
         """Note that what follows the conversation has been judged."""
-        before = self._digests[-CONTEXT_TURNS:]
+        before = (read.digest for read in self._said.recent)
         self._history.remember((*before, self._history.read(answer).digest), None)
 
     def key(self, at: int) -> str:
-        """What a person approves who approves a message."""
-        return blake2b(b"".join(self._window(at)), digest_size=16).hexdigest()
+        """What a person approves who approves the last message, or one that is withheld."""
+        if at == self._said.length - 1:
+            return _approval(self._said.key)
+        return next(_approval(case.key) for case in self._said.cases if case.at == at)
 
-    def context(self, end: int | None = None) -> tuple[Turn, ...]:
-        """The turns before a position, or before what follows."""
-        end = len(self._reads) if end is None else end
-        return tuple(read.turn for read in self._reads[max(0, end - CONTEXT_TURNS) : end])
+    def context(self) -> tuple[Turn, ...]:
+        """The turns before what follows."""
+        return tuple(read.turn for read in self._said.recent)
 
     def begin(self) -> int:
         """Where the current turn begins: with what the user said last."""
-        spoken = (at for at in range(len(self._reads) - 1, -1, -1) if self._reads[at].turn.role == "user")
-        return next(spoken, 0)
+        return self._said.begin
 
-    def _window(self, at: int) -> Key:
-        return tuple(self._digests[max(0, at - CONTEXT_TURNS) : at + 1])
-
-    def _ask(self, at: int) -> None:
-        context = self.context(at)
-        found = [within(context, conversation) for conversation in self._reads[at].conversations]
-        self._open.append((at, len(found)))
-        self.asked += found
-
-    def _counted(self, at: int, verdicts: Sequence[Verdict]) -> Sequence[Verdict]:
+    def _counted(self, case: Case, verdicts: Sequence[Verdict]) -> Sequence[Verdict]:
         """Those that are not for somebody else to see to."""
         if not self._calls_reviewed:
             return verdicts
-        judged = zip(self._reads[at].parts, verdicts, strict=True)
-        return [verdict for part, verdict in judged if verdict.action != "review" or not part.turn.tool_calls]
+        judged = zip(case.asked, verdicts, strict=True)
+        return [verdict for one, verdict in judged if verdict.action != "review" or not one.last.tool_calls]
 
-    def _withhold(self, at: int, verdict: Verdict) -> None:
-        if not self._approved or not {self.key(at), self._reads[at].key}.intersection(self._approved):
-            self.withheld[at] = verdict
+    def _withhold(self, case: Case, verdict: Verdict) -> None:
+        if not self._approved or not {_approval(case.key), case.key[-1].hex()}.intersection(self._approved):
+            self.withheld[case.at] = verdict
+
+
+def held(messages: Sequence[BaseMessage]) -> Iterable[object]:
+    """All that messages hold, of which nothing is copied."""
+    return map(_HELD, messages)
+
+
+def _approval(key: Key) -> str:
+    return blake2b(b"".join(key), digest_size=16).hexdigest()
 
 
 def _fields(message: BaseMessage) -> dict[str, Any]:

@@ -15,10 +15,11 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 
 def signed(method: F) -> F:
-    """The method, which knows its own signature: langchain-core and LangSmith ask for it at every call."""
-    known: Any = method
-    known.__signature__ = signature(method)
-    return method
+    """A method that is given out as a plain function, which knows its signature.
+
+    langchain-core and LangSmith ask for it at every call, and a bound method's is made anew each time.
+    """
+    return cast("F", Signed(method))
 
 
 def unhooked(method: F) -> F:
@@ -28,22 +29,35 @@ def unhooked(method: F) -> F:
     task, also where nothing is traced; of a plain function that returns an awaitable it does nothing of the kind. Where
     tracing begins only after the agent was made, spans of the hook are empty, and those of models stand beside it.
     """
-    return cast("F", _Unhooked(signed(method)))
+    return cast("F", _Unhooked(method))
 
 
-class _Unhooked:
+class Signed:
+    """What ``signed`` makes of a method."""
+
     def __init__(self, method: Callable[..., Any]) -> None:
         self._method = method
+        known = signature(method)
+        self._signature = known.replace(parameters=list(known.parameters.values())[1:])
         self.__doc__ = method.__doc__
 
     def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
+        """The method itself, or one of an instance."""
+        method = self._method
         if instance is None:
-            return self._method
-        bound = MethodType(self._method, instance)
-        if tracing_is_enabled():
-            return bound
+            return method
 
-        def hook(request: Any, handler: Any) -> Any:  # noqa: ANN401 - the method's
-            return bound(request, handler)
+        # Not by functools.wraps: LangSmith would look through it, and find an async method.
+        def bound(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the method's
+            return method(instance, *args, **kwargs)
 
-        return signed(hook)
+        known: Any = bound
+        known.__signature__ = self._signature
+        return bound
+
+
+class _Unhooked(Signed):
+    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
+        if instance is not None and tracing_is_enabled():
+            return MethodType(self._method, instance)
+        return super().__get__(instance, owner)

@@ -16,10 +16,10 @@ from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.runnables.fallbacks import RunnableWithFallbacks
 from langchain_core.tools import StructuredTool
-from pydantic import Field, InstanceOf, model_validator
+from pydantic import ConfigDict, Field, InstanceOf, model_validator
 
 from langchain_guardmw.gate import Around, Gate, Input, OnBlock, as_guard
-from langchain_guardmw.hooks import signed
+from langchain_guardmw.hooks import Signed, signed
 from langchain_guardmw.outcome import is_failure
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ class GuardedModel(BaseChatModel):
     Attributes:
         inner: the model that answers.
     """
+
+    model_config = ConfigDict(ignored_types=(Signed,))
 
     inner: BaseChatModel
     around: InstanceOf[Around] = Field(default=Around(Gate(stage="output")), repr=False)

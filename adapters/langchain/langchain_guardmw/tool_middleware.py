@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, S
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from langchain.agents.middleware import AgentMiddleware, ModelResponse
 from langchain.agents.structured_output import AutoStrategy, ToolStrategy
@@ -15,9 +15,10 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 from langgraph.types import interrupt
 
 from guardmw import Conversation, Turn
+from guardmw.running import Running
 from langchain_guardmw.calls import BLOCKED_CALLS, TOOL_GUARD, Asked, ToolGuard, names_of
 from langchain_guardmw.gate import Gate, as_guard
-from langchain_guardmw.history import Reads
+from langchain_guardmw.history import Reads, held
 from langchain_guardmw.hooks import signed, unhooked
 from langchain_guardmw.outcome import refusal, strictest
 from langchain_guardmw.parts import CONTEXT_TURNS, parts, spoken, within
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from langgraph.types import Command
 
     from guardmw import Backend, Guard, Verdict
-    from langchain_guardmw.history import Read
 
     Result = ToolMessage | Command[Any]
     Route = Generator["ToolCallRequest | list[Conversation]", Any, Result]
@@ -70,7 +70,7 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         super().__init__()
         self.tools = ()
         self._gate = Gate(as_guard(g), "output", "refuse")
-        self._reads = Reads()
+        self._listener = _Listener()
         self._desk = _Desk()
 
     @signed
@@ -145,8 +145,8 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         """How GuardMiddleware has the calls of its model judged."""
 
         def asking(message: AIMessage) -> list[Asked]:
-            earlier = request.messages if _needs_all(guard) else request.messages[-CONTEXT_TURNS:]
-            before, turn = tuple(map(self._reads.read, earlier)), self._reads.read(message).turn
+            before = self._listener.heard(request.messages, whole=_needs_all(guard))
+            turn = self._listener.read(message).turn
             return [_Said(before, turn, at).asking(call) for at, call in enumerate(message.tool_calls)]
 
         def keep(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> None:
@@ -158,7 +158,7 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
 
     def _route(self, guard: Guard, request: ToolCallRequest) -> Route:
         """Yields what is to be judged, and the call to make, if any."""
-        said = _Said.of(request, self._reads, whole=_needs_all(guard))
+        said = _Said.of(request, self._listener, whole=_needs_all(guard))
         admitted = yield from self._admitted(said, request)
         if isinstance(admitted, ToolMessage):
             return admitted
@@ -226,26 +226,56 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         return ModelResponse(result=told)
 
 
+class _Before(NamedTuple):
+    """What was said before a message, and a digest of it."""
+
+    turns: tuple[Turn, ...] = ()
+    digest: bytes = b""
+
+
+_NOTHING = _Before()
+
+
+class _Listener(Reads):
+    """Reads what was said before a message, and of all of it only what is new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running = Running(_NOTHING, held, frozen=False)
+
+    def heard(self, messages: Sequence[BaseMessage], *, whole: bool) -> _Before:
+        """All that these messages say, or what the last of them do."""
+        if whole:
+            return self._running.after(messages, self._step, lambda before: before)
+        last = [self.read(message) for message in messages[-CONTEXT_TURNS:]]
+        return _Before(tuple(read.turn for read in last), b"".join(read.digest for read in last))
+
+    def _step(self, before: _Before, message: BaseMessage) -> _Before:
+        read = self.read(message)
+        digest = blake2b(before.digest + read.digest, digest_size=16)
+        return _Before((*before.turns, read.turn), digest.digest())
+
+
 @dataclass(frozen=True, slots=True)
 class _Said:
     """What was said before a call.
 
     Attributes:
-        before: the messages before the one that holds it.
+        before: what the messages before the one that holds it say.
         turn: that message; None where it is not to be found.
         position: of the call among that message's.
         blocked: that message says it was, before anybody saw it; what was said to forge that only forbids.
         shares_task: other calls of the message may run in the same task of a graph, and its interrupts be theirs.
     """
 
-    before: tuple[Read, ...] = ()
+    before: _Before = _NOTHING
     turn: Turn | None = None
     position: int = 0
     blocked: bool = False
     shares_task: bool = False
 
     @classmethod
-    def of(cls, request: ToolCallRequest, reads: Reads, *, whole: bool) -> _Said:
+    def of(cls, request: ToolCallRequest, listener: _Listener, *, whole: bool) -> _Said:
         """Read it off the state of a graph: all of it, or a few turns."""
         id_ = request.tool_call["id"]
         for messages in _histories(request.state):
@@ -254,11 +284,11 @@ class _Said:
                 ids = [call["id"] for call in message.tool_calls] if isinstance(message, AIMessage) else []
                 if id_ in ids:
                     earlier = messages[:at] if whole else messages[max(at - CONTEXT_TURNS, 0) : at]
-                    before = tuple(reads.read(one) for one in earlier if isinstance(one, BaseMessage))
+                    before = listener.heard(_only_messages(earlier), whole=whole)
                     noted = message.response_metadata.get(BLOCKED_CALLS)
                     blocked = isinstance(noted, Mapping) and id_ in noted
                     shares_task = len(ids) > 1 and not _is_sent(request)
-                    return cls(before, reads.read(message).turn, ids.index(id_), blocked, shares_task)
+                    return cls(before, listener.read(message).turn, ids.index(id_), blocked, shares_task)
         return cls()
 
     def asking(self, call: Mapping[str, Any]) -> Asked:
@@ -268,13 +298,12 @@ class _Said:
             # An agent with a name puts it on what its model says, later.
             own = (replace(self.turn, tool_calls=self.turn.tool_calls[: self.position], name="", media=()), *own)
         digest = blake2b(repr(own).encode(errors="surrogatepass"), digest_size=16)
-        for read in self.before:
-            digest.update(read.digest)
-        return Asked(Conversation((*(read.turn for read in self.before), *own)), digest.digest())
+        digest.update(self.before.digest)
+        return Asked(Conversation((*self.before.turns, *own)), digest.digest())
 
     def before_result(self, call: Mapping[str, Any]) -> tuple[Turn, ...]:
         """What leads to the result of a call."""
-        return (*(read.turn for read in self.before), self.turn or call_of(call["name"], call["args"], call["id"]))
+        return (*self.before.turns, self.turn or call_of(call["name"], call["args"], call["id"]))
 
 
 class _Desk:
@@ -374,6 +403,13 @@ def _histories(state: object) -> Iterable[Sequence[Any]]:
     usual = held.get("messages")
     others = (value for key, value in held.items() if key != "messages" and isinstance(value, list))
     return [usual, *others] if isinstance(usual, list) else others
+
+
+def _only_messages(values: Sequence[Any]) -> Sequence[BaseMessage]:
+    """The messages among the values of a state, which are almost always all of them."""
+    if all(issubclass(kind, BaseMessage) for kind in set(map(type, values))):
+        return values
+    return [value for value in values if isinstance(value, BaseMessage)]
 
 
 def _is_sent(request: ToolCallRequest) -> bool:

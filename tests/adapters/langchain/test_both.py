@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from hashlib import blake2b
 from inspect import iscoroutinefunction
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 # Events of the third version are in beta.
 pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.LangChainBetaWarning")
 
+LOOKING_BACK = Policy.model_validate(
+    {"tools": {"flows": [{"tools": ["note"], "injection": 0.5}], "budgets": [{"tools": ["note"], "calls": 99}]}}
+)
 CONFIG: Any = {"configurable": {"thread_id": "1"}}
 SAFE = "Two harmless sentences. They are the answer. "
 
@@ -554,6 +560,38 @@ class Counted:
     def digest(self) -> bytes:
         """As blake2b does."""
         return self._digest.digest()
+
+
+def ours(frame: Any, event: str, _: object) -> None:
+    """Counts the functions of guardmw that are called."""
+    CALLED[0] += event == "call" and "guardmw" in frame.f_code.co_filename
+
+
+CALLED = [0]
+
+
+@pytest.mark.parametrize("ruled", [False, True])
+@pytest.mark.parametrize("run", [invoke, stream])
+def test_a_turn_calls_no_more_functions_the_longer_the_conversation_is(run: Run, ruled: bool) -> None:
+    """Nobody goes over the history again, not for rules that look back, either."""
+    spent: list[int] = []
+    judge = Guard(Witness(), policy=LOOKING_BACK if ruled else None)
+    model = Looping(texts=[], turns=25, report=lambda: spent.append(CALLED[0]))
+    agent = create_agent(model, [Notes().tool], middleware=[ToolGuardMiddleware(judge), GuardMiddleware(judge)])
+    before = sys.getprofile()
+    gc.disable()
+    threading.setprofile(ours)
+    sys.setprofile(ours)
+    try:
+        run(agent, GIVEN)
+    finally:
+        sys.setprofile(before)
+        threading.setprofile(before)
+        gc.enable()
+    turns = [b - a for a, b in pairwise(spent)]
+    assert len(turns) == 25
+    # One that LangChain calls for a message or two may come a turn later; a history's would be dozens.
+    assert max(turns[10:]) - min(turns[10:]) <= 5
 
 
 @pytest.mark.parametrize("run", [invoke, ainvoke, stream, astream])

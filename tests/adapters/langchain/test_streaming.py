@@ -335,6 +335,18 @@ def test_the_first_sentence_is_out_before_the_second_is_there(way: Way) -> None:
 
 
 @STREAMS
+def test_a_long_answer_costs_no_more_than_two_and_a_half_times_its_length(way: Way) -> None:
+    """Of 500 words that come one by one; the first are out as soon as one sentence, and no more, has been judged."""
+    answer = "".join(f"This is sentence number {at} of a long and harmless answer. " for at in range(45))
+    words = [f"{word} " for word in answer.split()]
+    witness, judged_before = Witness(), list[int]()
+    way(guard(witness), Source(messages(*words)), lambda _: judged_before.append(len(witness.read)))
+    assert len(words) == len(judged_before) == 495
+    assert [trial.strip() for trial in witness.read[: judged_before[0]]] == [SENTENCES[0].strip()]
+    assert sum(len(trial.split()) for trial in witness.read) <= 2.5 * len(words)
+
+
+@STREAMS
 @pytest.mark.parametrize(
     "text", ["Zażółć gęślą jaźń. ", "你好。今天天气很好。", "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301. ", "half \ud83d a pair. "]
 )
