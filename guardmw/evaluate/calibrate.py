@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -36,10 +37,15 @@ _BATCH = 64
 
 
 class Measured(NamedTuple):
-    """Logits and labels, all (n,), of one stage, of all of them, or of the injection head."""
+    """What rows got, and are, (n,) each; of one stage, of all of them, or of the injection head.
+
+    Attributes:
+        shares: of a row in its family, which is one observation however many answers there are to one prompt.
+    """
 
     logits: metrics.Floats
     labels: metrics.Bools
+    shares: metrics.Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +245,12 @@ def measure(backend: Backend, rows: Sequence[Row], *, done: Callable[[int], None
         if done:
             done(len(scores))
     stages = np.array([row.conversation.stage for row in rows])
-    unsafe = Measured(_logit([s.unsafe for s in scores]), np.array([row.unsafe for row in rows], dtype=bool))
-    attack = Measured(_logit([s.injection for s in scores]), np.array([bool(row.attack) for row in rows], dtype=bool))
+    kin = families(rows)
+    sizes = Counter(kin)
+    shares = np.array([1 / sizes[family] for family in kin])
+    labels = np.array([(row.unsafe, bool(row.attack)) for row in rows])
+    unsafe = Measured(_logit([given.unsafe for given in scores]), labels[:, 0], shares)
+    attack = Measured(_logit([given.injection for given in scores]), labels[:, 1], shares)
     by_stage: dict[str, Measured] = {
         stage: Measured(*(part[stages == stage] for part in unsafe)) for stage in STAGES if (stages == stage).any()
     }
@@ -292,9 +302,9 @@ def report(
 
 
 def _temperature(part: Measured) -> float:
-    """The temperature with the highest likelihood (Guo et al. 2017)."""
+    """The temperature with the highest likelihood (Guo et al. 2017), each family counted once."""
     signed = np.where(part.labels, part.logits, -part.logits)
-    losses = [np.logaddexp(0, -signed / temperature).mean() for temperature in _TEMPERATURES]
+    losses = [float(np.logaddexp(0, -signed / temperature) @ part.shares) for temperature in _TEMPERATURES]
     return float(_TEMPERATURES[int(np.argmin(losses))])
 
 

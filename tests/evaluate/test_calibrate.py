@@ -13,7 +13,7 @@ import pytest
 from guardmw import BackendError, Conversation, Guard, Policy, Scores, Turn
 from guardmw.errors import DataError
 from guardmw.evaluate import metrics
-from guardmw.evaluate.calibrate import Measured, calibrate, enter, fit, halves, report
+from guardmw.evaluate.calibrate import Measured, calibrate, enter, fit, halves, measure, report
 from guardmw.evaluate.rows import Row
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def overconfident(count: int, factor: float) -> Measured:
     """Logits whose sigmoid is right once they are divided by ``factor``."""
     logits = DRAW.normal(0, 2, count)
     labels = DRAW.random(count) < 1 / (1 + np.exp(-logits))
-    return Measured(logits * factor, labels)
+    return Measured(logits * factor, labels, np.ones(count))
 
 
 def test_a_temperature_undoes_overconfidence() -> None:
@@ -42,11 +42,21 @@ def test_a_temperature_undoes_overconfidence() -> None:
     assert figures["ece_after"] < 0.03 < figures["ece_before"]
 
 
+def test_many_answers_to_one_prompt_count_as_one() -> None:
+    """A family of rows that the backend is all wrong about does not blunt what it says of the others."""
+    prompt = Turn("user", "One prompt")
+    wrong = [Row(Conversation((prompt, Turn("assistant", f"{3 + i / 1e6:.9f}"))), False, None) for i in range(2000)]
+    right = labelled(2000, "assistant")
+    assert measure(Overconfident(), [*right, *wrong])["all"].shares.sum() == pytest.approx(2001)
+    found = [fit(measure(Overconfident(), rows), 0.05)[0]["output"] for rows in (right, [*right, *wrong])]
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
 def test_false_alarms_are_as_rare_as_asked() -> None:
     """On the rows it was fitted on, to the letter."""
     measured = {"all": overconfident(4000, 1.0), "injection": overconfident(4000, 1.0)}
     temperatures, thresholds = fit(measured, 0.05)
-    logits, labels = measured["all"]
+    logits, labels, _ = measured["all"]
     scores = 1 / (1 + np.exp(-logits / temperatures["input"]))
     fpr = metrics.at_threshold(labels, scores >= thresholds["input"]).fpr
     assert fpr is not None
@@ -71,7 +81,7 @@ def test_a_stage_of_few_rows_shares_what_all_say() -> None:
 def test_rows_told_apart_without_error_do_not_make_a_trigger_happy_guard() -> None:
     """The lowest threshold with few false alarms would be close to 0."""
     labels = np.arange(400) % 2 == 1
-    easy = Measured(np.where(labels, 9.0, -9.0), labels)
+    easy = Measured(np.where(labels, 9.0, -9.0), labels, np.ones(400))
     _, thresholds = fit({"all": easy, "injection": easy}, 0.02)
     assert set(thresholds.values()) == {0.5}
 

@@ -41,7 +41,7 @@ class Encoded(NamedTuple):
     answer: int
 
 
-def shared(prompts: Sequence[Sequence[int]]) -> int:
+def shared(prompts: Sequence[list[int]]) -> int:
     """How many tokens all of them begin with, and go on from: the form's own words are most of a short question."""
     least, most = min(prompts), max(prompts)
     shortest = min(map(len, prompts))
