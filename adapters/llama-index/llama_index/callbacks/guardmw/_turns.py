@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.base.llms.types import CompletionResponse, MessageRole, TextBlock
 from llama_index.core.bridge.pydantic import BaseModel
-from llama_index.core.schema import ImageNode, MetadataMode
+from llama_index.core.schema import BaseNode, ImageNode, IndexNode, MetadataMode, NodeWithScore
 from llama_index.core.tools import ToolOutput
 
 from guardmw import Conversation, ToolCall, Turn
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ContentBlock
-    from llama_index.core.schema import NodeWithScore
 
 ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
     MessageRole.SYSTEM: "system",
@@ -52,11 +51,23 @@ def turn_of_result(output: object, name: str) -> Turn:
 
 
 def turn_of_node(node: NodeWithScore) -> Turn:
-    """A retrieved node as a model will read it, with the metadata that it is shown."""
+    """A retrieved node as a model will read it, with the metadata that it is shown, and with what it leads to."""
+    text = node.get_content(MetadataMode.LLM)
     kinds = [kind for kind in ("image", "audio", "video") if getattr(node.node, f"{kind}_resource", None)]
     if isinstance(node.node, ImageNode):
         kinds.append("image")
-    return Turn("document", node.get_content(MetadataMode.LLM), name=node.node_id, media=tuple(kinds))
+    behind = node.node.obj if isinstance(node.node, IndexNode) else None
+    if isinstance(behind, BaseNode):
+        behind = NodeWithScore(node=behind)
+    if isinstance(behind, NodeWithScore):
+        turn = turn_of_node(behind)
+        text, kinds = f"{text}\n{turn.text}", [*kinds, *turn.media]
+    elif isinstance(behind, str):
+        text = f"{text}\n{behind}"
+    elif behind is not None:
+        # What an engine or a retriever will say nobody can tell before it is asked.
+        kinds.append(type(behind).__name__)
+    return Turn("document", text, name=node.node_id, media=tuple(kinds))
 
 
 def only_text(message: ChatMessage) -> str | None:

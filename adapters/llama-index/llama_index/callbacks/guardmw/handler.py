@@ -17,9 +17,11 @@ from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from guardmw import Conversation, Guard, GuardmwError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
-    from guardmw import Backend, Turn
+    from llama_index.core.schema import NodeWithScore
+
+    from guardmw import Backend, Turn, Verdict
 
 UNDER_WAY = 1024
 """How many calls a handler waits to see end: there are events that never do."""
@@ -126,7 +128,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
             return
         try:
             if event_type == CBEventType.RETRIEVE:
-                self._enter(asked_apart(map(turn_of_node, payload.get(EventPayload.NODES) or ())))
+                self._retrieved(payload.get(EventPayload.NODES) or ())
             else:
                 self._leave(payload, event_id)
         except GuardmwError as error:
@@ -146,10 +148,20 @@ class GuardCallbackHandler(BaseCallbackHandler):
 
     def _enter(self, asked: Asked) -> None:
         """Judge what of this has not passed before."""
-        if fresh := self._passed.fresh(asked):
-            verdicts = self.guard.screen_many(fresh.values())
-            self._passed.learn(fresh, verdicts)
-            enforced(verdicts)
+        if verdicts := self._judged(asked):
+            enforced([*verdicts.values()])
+
+    def _judged(self, asked: Asked) -> dict[bytes, Verdict]:
+        """The verdicts on what of this has not passed before, by its digest."""
+        if not (fresh := self._passed.fresh(asked)):
+            return {}
+        verdicts = self.guard.screen_many(fresh.values())
+        self._passed.learn(fresh, verdicts)
+        return dict(zip(fresh, verdicts, strict=True))
+
+    def _retrieved(self, nodes: Collection[NodeWithScore]) -> None:
+        """Judge what was found."""
+        self._enter(asked_apart(map(turn_of_node, nodes)))
 
     def _leave(self, payload: Mapping[str, Any], event_id: str) -> None:
         """Judge what a model answered, in the light of what it was asked."""

@@ -89,6 +89,21 @@ class GuardedRetriever(BaseRetriever):
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await _ascreen(self._judge, await self._inner.aretrieve(query_bundle), self._on_block)
 
+    # The inner retriever has followed its nodes where they lead; what came of going on would be judged by nobody.
+    def _handle_recursive_retrieval(
+        self,
+        query_bundle: QueryBundle,  # noqa: ARG002 - the framework's signature
+        nodes: list[NodeWithScore],
+    ) -> list[NodeWithScore]:
+        return nodes
+
+    async def _ahandle_recursive_retrieval(
+        self,
+        query_bundle: QueryBundle,  # noqa: ARG002 - the framework's signature
+        nodes: list[NodeWithScore],
+    ) -> list[NodeWithScore]:
+        return nodes
+
 
 def guard_retriever(
     retriever: BaseRetriever, g: Guard | Backend | str | None = None, *, on_block: OnBlock = "drop"
