@@ -63,7 +63,7 @@ class Gate:
 
     def __init__(
         self,
-        g: Guard | Backend | str | None,
+        g: Guard | Backend | str | Judge | None,
         on_block: OnBlock = "raise",
         input: Input = "before",  # noqa: A002 - what is judged
     ) -> None:
@@ -78,6 +78,10 @@ class Gate:
     def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
         # LLMs are copied with what they hold; the model and the lock stay one.
         return self
+
+    def __reduce__(self) -> tuple[type[Gate], tuple[Judge, OnBlock, Input]]:
+        # What has passed is judged again where it arrives.
+        return type(self), (self._judge, "refuse" if self.refuses else "raise", "before" if self._input else "off")
 
     def ready(self) -> Guard:
         """The guard; the embedded model is loaded here."""

@@ -58,12 +58,11 @@ class GuardCallbackHandler(BaseCallbackHandler):
         TypeError: g is none of these.
     """
 
-    def __init__(self, g: Guard | Backend | str | None = None) -> None:
+    def __init__(self, g: Guard | Backend | str | Judge | None = None) -> None:
         super().__init__(
             event_starts_to_ignore=[kind for kind in CBEventType if kind not in _STARTS],
             event_ends_to_ignore=[kind for kind in CBEventType if kind not in _ENDS],
         )
-        self._given = g
         self._judge = Judge.of(g)
         self._passed = Passed()
         self._asked: dict[str, Sequence[Turn]] = {}
@@ -74,9 +73,9 @@ class GuardCallbackHandler(BaseCallbackHandler):
         # An LLM is copied with its callback manager; the model and the lock stay one.
         return self
 
-    def __reduce__(self) -> tuple[type[GuardCallbackHandler], tuple[Guard | Backend | str | None]]:
+    def __reduce__(self) -> tuple[type[GuardCallbackHandler], tuple[Judge]]:
         # An LLM that is pickled drops the handlers that cannot be, and not only from the copy.
-        return type(self), (self._given,)
+        return type(self), (self._judge,)
 
     @property
     def guard(self) -> Guard:

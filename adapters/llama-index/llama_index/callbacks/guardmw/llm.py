@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import pickle
 from contextlib import aclosing, closing, contextmanager, nullcontext
 from functools import partial
 from inspect import getattr_static
@@ -131,6 +132,14 @@ class GuardedLLM(LLM):
         silent.set_handlers([])
         self._inner = inner.model_copy(update={"callback_manager": silent})
         self._gate = gate
+
+    def __reduce__(self) -> tuple[type[Self], tuple[LLM, Gate]]:
+        shared = {name: getattr(self, name) for name in _SHARED}
+        try:
+            pickle.dumps(self.callback_manager)
+        except Exception:  # noqa: BLE001 - whatever callback handlers raise: LlamaIndex would leave all of them out
+            shared["callback_manager"] = self._inner.callback_manager
+        return type(self), (self._inner.model_copy(update=shared), self._gate)
 
     @classmethod
     def class_name(cls) -> str:  # noqa: D102
