@@ -11,6 +11,7 @@ from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed
 from llama_index.callbacks.guardmw._held import Held, leaves_review
 from llama_index.callbacks.guardmw._parts import parts_of_answer
 from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced
+from llama_index.core.callbacks import CallbackManager
 
 from guardmw import Blocked, Conversation, Turn
 
@@ -42,6 +43,15 @@ Input = Literal["before", "off"]
 
 judging: ContextVar[Judge | None] = ContextVar("guardmw_judging", default=None)
 """Whose guard judges, by itself, what LlamaIndex's callback handlers are being told."""
+
+
+class Silent(CallbackManager):
+    """Tells nobody, of an LLM that is guarded itself."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        # Without handlers of its own it has the global ones.
+        self.set_handlers([])
 
 
 class Gate:

@@ -29,7 +29,7 @@ _LLM = "Settings.llm: what goes into it and what comes out, streams and tool cal
 _HANDLER = "queries, and retrieved nodes, which are dropped, in whatever has the callback manager of Settings"
 _NO_LLM = "an LLM: none is set. Set Settings.llm, then install"
 _NOT_COVERED = (
-    "LLMs that are set later, or were handed to engines and agents already: guard_llm(llm)",
+    "LLMs that are set later, or were handed to engines and agents already (the first is warned of): guard_llm(llm)",
     "tools that run: guard_tool(tool)",
     (
         "nodes of a retriever with another callback manager: guard_retriever(retriever), or node_postprocessors="

@@ -7,18 +7,25 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from llama_index.callbacks.guardmw._asked import Asked, Passed, asked_apart, asked_in_turns, asked_in_words
-from llama_index.callbacks.guardmw._gate import judging
+from llama_index.callbacks.guardmw._gate import Silent, judging
 from llama_index.callbacks.guardmw._turns import turn_of_answer, turn_of_node, turns_of
 from llama_index.callbacks.guardmw._verdicts import Judge, enforced, log, mark
+from llama_index.callbacks.guardmw.llm import GuardedLLM
+from llama_index.core import Settings
 from llama_index.core.callbacks.base import global_stack_trace
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.llms import LLM
+from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.span_handlers import NullSpanHandler
 
 from guardmw import Conversation, Guard, GuardmwError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from llama_index.core.callbacks import CallbackManager
     from llama_index.core.schema import NodeWithScore
 
     from guardmw import Backend, Turn, Verdict
@@ -35,6 +42,13 @@ _NOT_SEEN = (
     "retrieved nodes. It cannot see tools run or agents step, it judges a stream only after its text is out, and it "
     "hears nothing from an LLM with another callback manager, such as one made before Settings.callback_manager was "
     "set. Once you have taken care of that: warnings.simplefilter('ignore', CoverageWarning)"
+)
+
+
+_UNHEARD = (
+    "{} is asked, and GuardCallbackHandler hears nothing of it: it was made before Settings.callback_manager was set, "
+    "or has another one. Take it from Settings.llm, set its callback_manager to Settings.callback_manager, or guard it "
+    "by itself: guard_llm(llm)"
 )
 
 
@@ -67,6 +81,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
         self._passed = Passed()
         self._asked: dict[str, Sequence[Turn]] = {}
         self._lock = Lock()
+        _look_out()
         warnings.warn(_NOT_SEEN, CoverageWarning, stacklevel=2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardCallbackHandler:
@@ -173,8 +188,43 @@ class GuardCallbackHandler(BaseCallbackHandler):
         enforced([self.guard.screen(Conversation((*context, turn_of_answer(response))))])
 
 
+class _Lookout(NullSpanHandler):
+    """Warns of the first LLM that is asked and tells nothing to the handler that stands in Settings."""
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "GuardmwLookout"
+
+    def span_enter(self, *_: Any, instance: object = None, **__: Any) -> None:  # noqa: ANN401 - the framework's
+        if not isinstance(instance, LLM) or not _is_unheard(instance):
+            return
+        root = get_dispatcher()
+        # Another list: the dispatcher is going through this one.
+        root.span_handlers = [handler for handler in root.span_handlers if handler is not self]
+        warnings.warn(_UNHEARD.format(type(instance).__name__), CoverageWarning, stacklevel=1)
+
+
 guardmw_callback_handler = GuardCallbackHandler
 """The name by which LlamaIndex's callback packages offer their handler."""
+
+
+def _look_out() -> None:
+    root = get_dispatcher()
+    if not any(isinstance(handler, _Lookout) for handler in root.span_handlers):
+        root.add_span_handler(_Lookout())
+
+
+def _is_unheard(llm: LLM) -> bool:
+    # The LLM inside a guarded one is silent; one inside a StructuredLLM speaks for itself.
+    if isinstance(llm, GuardedLLM | StructuredLLM) or isinstance(llm.callback_manager, Silent):
+        return False
+    # Asking for Settings.callback_manager would make one.
+    manager = Settings._callback_manager  # noqa: SLF001
+    return manager is not None and _is_in(manager) and not _is_in(llm.callback_manager)
+
+
+def _is_in(manager: CallbackManager) -> bool:
+    return any(isinstance(handler, GuardCallbackHandler) for handler in manager.handlers)
 
 
 def _asked(event_type: CBEventType, payload: Mapping[str, Any]) -> Asked:

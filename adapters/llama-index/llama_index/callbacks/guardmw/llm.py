@@ -11,12 +11,12 @@ from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
-from llama_index.callbacks.guardmw._gate import Gate, Input, OnBlock
+from llama_index.callbacks.guardmw._gate import Gate, Input, OnBlock, Silent
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, blocked_by, mark
 from llama_index.callbacks.guardmw.tools import names_of_guarded
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
 from llama_index.core.bridge.pydantic import BaseModel, PrivateAttr
-from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
+from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from llama_index.callbacks.guardmw._asked import Asked
     from llama_index.core.base.llms.types import LLMMetadata
+    from llama_index.core.callbacks import CallbackManager
     from llama_index.core.llms.llm import ToolSelection
     from llama_index.core.prompts import PromptTemplate
     from llama_index.core.tools.types import BaseTool
@@ -127,10 +128,7 @@ class GuardedLLM(LLM):
 
     def __init__(self, inner: LLM, gate: Gate) -> None:
         super().__init__(**{name: getattr(inner, name) for name in _SHARED})
-        silent = CallbackManager([])
-        # Without handlers of its own it has the global ones.
-        silent.set_handlers([])
-        self._inner = inner.model_copy(update={"callback_manager": silent})
+        self._inner = inner.model_copy(update={"callback_manager": Silent()})
         self._gate = gate
 
     def __reduce__(self) -> tuple[type[Self], tuple[LLM, Gate]]:
