@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.core.base.llms.types import CompletionResponse, MessageRole, TextBlock
+from llama_index.core.base.llms.types import ChatResponse, CompletionResponse, MessageRole, TextBlock
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.schema import BaseNode, ImageNode, IndexNode, MetadataMode, NodeWithScore
 from llama_index.core.tools import ToolOutput
@@ -15,7 +15,7 @@ from guardmw import Conversation, ToolCall, Turn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ContentBlock
+    from llama_index.core.base.llms.types import ChatMessage, ContentBlock
 
 ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
     MessageRole.SYSTEM: "system",
@@ -38,6 +38,11 @@ def turns_of(messages: Sequence[ChatMessage]) -> tuple[Turn, ...]:
 
 def turn_of_answer(response: ChatResponse | CompletionResponse) -> Turn:
     """What a model answered, as the assistant's turn: a ChatMessage without a role would be the user's."""
+    plain = only_text(response.message) if isinstance(response, ChatResponse) else None
+    if isinstance(response, CompletionResponse) and not response.additional_kwargs:
+        plain = response.text
+    if plain is not None:
+        return Turn("assistant", plain)
     if isinstance(response, CompletionResponse):
         return _turn(MessageRole.ASSISTANT, [TextBlock(text=response.text)], response.additional_kwargs)
     return _turn(MessageRole.ASSISTANT, response.message.blocks, response.message.additional_kwargs)
