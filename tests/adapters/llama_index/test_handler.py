@@ -25,8 +25,9 @@ from llama_index.callbacks.guardmw import (
     guardmw_callback_handler,
 )
 from llama_index.core import Settings
-from llama_index.core.agent.workflow import FunctionAgent
+from llama_index.core.agent.workflow import FunctionAgent, ReActAgent
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ImageBlock, ToolCallBlock
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 from llama_index.core.callbacks.base import global_stack_trace, global_stack_trace_ids
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
@@ -35,6 +36,7 @@ from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.llms.mock import MockFunctionCallingLLM
 from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import ImageNode, NodeWithScore
 
 from guardmw import Backend, BackendError, Blocked, Guard, Policy, Scores
@@ -543,14 +545,56 @@ def test_a_safe_query_after_a_block_is_traced_as_ever(
     assert ("llm", "synthesize") in traces[0]
 
 
-def test_an_llm_made_before_the_settings_is_not_seen(make_llm: MakeLLM, handler: GuardCallbackHandler) -> None:
-    """The documented limit: it keeps its own callback manager until it is taken from Settings, or given one."""
-    llm = make_llm()
+async def by_an_agent(llm: CountingLLM, text: str) -> str:
+    return str(await ReActAgent(llm=llm, streaming=False).run(text))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("path", [*PATHS, by_an_agent])
+async def test_an_llm_made_before_the_settings_is_warned_of(
+    path: Path, make_llm: MakeLLM, handler: GuardCallbackHandler
+) -> None:
+    """It is not seen, and says so once, whoever asks it, until it is taken from Settings, or given their manager."""
+    llm = make_llm(reply="Thought: I can answer.\nAnswer: All is well.")
     Settings.callback_manager = CallbackManager([handler])
-    assert llm.complete("EVIL").text == "All is well."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            await path(llm, "hi")
+    told = [str(warning.message) for warning in caught if warning.category is CoverageWarning]
+    assert len(told) == 1
+    assert told[0].startswith("CountingLLM is asked, and GuardCallbackHandler hears nothing of it")
     Settings.llm = llm
     with pytest.raises(Blocked):
-        Settings.llm.complete("EVIL")
+        await path(Settings.llm, "EVIL")  # type: ignore[arg-type]
+
+
+async def test_an_llm_that_is_heard_or_guarded_is_not_warned_of(
+    make_llm: MakeLLM, handler: GuardCallbackHandler, make_handler: MakeHandler
+) -> None:
+    """Nor any while Settings have no such handler; a later one that is neither still is."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        await chat(early := make_llm(), "hi")
+        guarded: Any = guard_llm(make_llm(), EVIL)
+        Settings.callback_manager = CallbackManager([handler])
+        Settings.llm = make_llm()
+        structured: Any = Settings.llm.as_structured_llm(Answer)
+        for path in PATHS:
+            for llm in (Settings.llm, make_llm(make_handler(EVIL)), guarded):
+                await path(llm, "hi")  # type: ignore[arg-type]
+        guarded.predict(PromptTemplate("hi"))
+        Settings.llm.reply = '{"text": "hi"}'  # type: ignore[attr-defined]
+        structured.chat(ask("hi"))
+    assert [warning for warning in caught if warning.category is CoverageWarning] == []
+    with pytest.warns(CoverageWarning, match="CountingLLM is asked"):
+        await chat(early, "hi")
+
+
+class Answer(BaseModel):
+    """What a structured LLM gives."""
+
+    text: str
 
 
 def test_a_blocked_turn_stays_in_a_chat_engines_memory(make_llm: MakeLLM, handler: GuardCallbackHandler) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from llama_index.callbacks.guardmw import install
 from llama_index.core import Settings
-from llama_index.core.callbacks import CallbackManager
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 
 from guardmw import Blocked
 from guardmw.testing import KeywordBackend
@@ -62,3 +62,33 @@ def test_has_a_postprocessor_for_engines(index_of: Callable[..., VectorStoreInde
     with install(KEYWORD) as installed:
         kept = installed.postprocessor.postprocess_nodes(nodes, query_str="?")
     assert [node.text for node in kept] == ["Eggs"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+async def test_an_unsafe_node_is_dropped_and_does_not_stop_the_query(
+    given: bool,
+    asynchronous: bool,
+    index_of: Callable[..., VectorStoreIndex],
+    make_llm: Callable[..., LLM],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The handler hears of it first, and does as the postprocessor would, whether an engine was given that or not."""
+    Settings.llm = make_llm()
+    with install(KEYWORD) as installed:
+        postprocessors = [installed.postprocessor] if given else []
+        index = index_of("pure EVIL", "Eggs")
+        engine = index.as_query_engine(node_postprocessors=postprocessors)
+        response = await engine.aquery("?") if asynchronous else engine.query("?")
+        assert [node.text for node in response.source_nodes] == ["Eggs"]
+        assert str(response) == "All is well."
+        assert [node.text for node in index.as_retriever().retrieve("?")] == ["Eggs"]
+    assert "EVIL" not in caplog.text
+    assert "dropped a node" in caplog.text
+
+
+def test_nodes_that_cannot_be_dropped_stop_the_query(index_of: Callable[..., VectorStoreIndex]) -> None:
+    """A retriever may tell of what it found by other than the list that it returns."""
+    nodes = index_of("EVIL", "Eggs").as_retriever().retrieve("?")
+    with install(KEYWORD) as installed, pytest.raises(Blocked):
+        installed.handler.on_event_end(CBEventType.RETRIEVE, {EventPayload.NODES: tuple(nodes)})

@@ -216,6 +216,30 @@ def test_nodes_behind_nodes_are_judged(index_of: Callable[..., VectorStoreIndex]
     assert guard_retriever(outer, EVIL).retrieve("?") == []
 
 
+@WAYS
+@pytest.mark.parametrize(
+    ("behind", "left"),
+    [
+        (TextNode(text="fine"), 1),
+        (TextNode(text="pure EVIL"), 0),
+        (NodeWithScore(node=TextNode(text="pure EVIL")), 0),
+        (IndexNode(text="another link", index_id="2", obj=TextNode(text="pure EVIL")), 0),
+        ("pure EVIL", 0),
+        (Fixed(found("fine")), 0),
+    ],
+    ids=["safe", "node", "scored node", "node behind a node", "text", "retriever"],
+)
+async def test_what_a_node_leads_to_is_judged_with_it(way: Way, behind: Any, left: int) -> None:
+    """Where a node was not followed; what nobody can read before it is asked makes the verdict partial."""
+    # A retriever follows a node once; the one behind it is left to its caller.
+    given = IndexNode(text="a link", index_id="1", obj=behind)
+    outer = IndexNode(text="a link to it", index_id="0", obj=given) if "retriever" in way.__name__ else given
+    kept = await way([NodeWithScore(node=outer)], EVIL)
+    assert [node.node for node in kept] == [given][:left]
+    flagged = await way([NodeWithScore(node=outer)], Guard(EVIL, policy=Policy(on_partial="flag")))
+    assert [node.text for node in flagged] == ["a link"] * (left or isinstance(behind, Fixed))
+
+
 @pytest.mark.parametrize("how", ["postprocessor", "retriever"])
 async def test_a_query_engine_answers_without_the_poisoned_node(
     how: str, index_of: Callable[..., VectorStoreIndex], make_llm: Callable[..., Any]

@@ -13,6 +13,7 @@ from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed
 from llama_index.callbacks.guardmw._held import Held, leaves_review
 from llama_index.callbacks.guardmw._parts import parts_of_answer
 from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced, said_by, strictest, tell, withhold
+from llama_index.core.callbacks import CallbackManager
 
 from guardmw import Blocked, Conversation, GuardmwError, Turn
 
@@ -47,6 +48,15 @@ BEGUN: Any = None
 
 judging: ContextVar[Judge | None] = ContextVar("guardmw_judging", default=None)
 """Whose guard judges, by itself, what LlamaIndex's callback handlers are being told."""
+
+
+class Silent(CallbackManager):
+    """Tells nobody, of an LLM that is guarded itself."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        # Without handlers of its own it has the global ones.
+        self.set_handlers([])
 
 
 def begun(stream: F) -> F:
@@ -88,7 +98,7 @@ class Gate:
 
     def __init__(
         self,
-        g: Guard | Backend | str | None,
+        g: Guard | Backend | str | Judge | None,
         on_block: OnBlock = "raise",
         input: Input = "before",  # noqa: A002 - what is judged
     ) -> None:
@@ -103,6 +113,10 @@ class Gate:
     def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
         # LLMs are copied with what they hold; the model and the lock stay one.
         return self
+
+    def __reduce__(self) -> tuple[type[Gate], tuple[Judge, OnBlock, Input]]:
+        # What has passed is judged again where it arrives.
+        return type(self), (self._judge, "refuse" if self.refuses else "raise", "before" if self._input else "off")
 
     def ready(self) -> Guard:
         """The guard; the embedded model is loaded here."""

@@ -6,26 +6,30 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from llama_index.callbacks.guardmw._verdicts import Judge
+from llama_index.callbacks.guardmw._asked import asked_apart
+from llama_index.callbacks.guardmw._turns import turn_of_node
+from llama_index.callbacks.guardmw._verdicts import Judge, log, tell, withholds
 from llama_index.callbacks.guardmw.handler import CoverageWarning, GuardCallbackHandler
 from llama_index.callbacks.guardmw.llm import guard_llm
 from llama_index.callbacks.guardmw.nodes import GuardPostprocessor
 from llama_index.core import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from types import TracebackType
 
     from llama_index.callbacks.guardmw._gate import OnBlock
     from llama_index.core.callbacks import CallbackManager
     from llama_index.core.llms import LLM
+    from llama_index.core.schema import NodeWithScore
 
     from guardmw import Backend, Guard
 
 _LLM = "Settings.llm: what goes into it and what comes out, streams and tool calls included"
-_HANDLER = "queries and retrieved nodes in whatever has the callback manager of Settings"
+_HANDLER = "queries, and retrieved nodes, which are dropped, in whatever has the callback manager of Settings"
 _NO_LLM = "an LLM: none is set. Set Settings.llm, then install"
 _NOT_COVERED = (
-    "LLMs that are set later, or were handed to engines and agents already: guard_llm(llm)",
+    "LLMs that are set later, or were handed to engines and agents already (the first is warned of): guard_llm(llm)",
     "tools that run: guard_tool(tool)",
     (
         "nodes of a retriever with another callback manager: guard_retriever(retriever), or node_postprocessors="
@@ -36,6 +40,23 @@ _NOT_COVERED = (
 )
 
 
+class _Dropping(GuardCallbackHandler):
+    """Does with retrieved nodes what the postprocessor would, which hears of them later."""
+
+    def _retrieved(self, nodes: Collection[NodeWithScore]) -> None:
+        # LlamaIndex's retrievers give the very list that they return; a view of it cannot be cut.
+        if not isinstance(nodes, list):
+            super()._retrieved(nodes)
+            return
+        asked = asked_apart(map(turn_of_node, nodes))
+        verdicts = self._judged(asked)
+        tell([*verdicts.values()])
+        withheld = {digest: verdict for digest, verdict in verdicts.items() if withholds(verdict)}
+        for verdict in withheld.values():
+            log.warning("dropped a node: %s", verdict.summary)
+        nodes[:] = [node for node, (digest, *_) in zip(nodes, asked.trials, strict=True) if digest not in withheld]
+
+
 @dataclass(frozen=True)
 class Installed:
     """What ``install()`` has put in place. As a context manager it takes that away at the end.
@@ -44,7 +65,7 @@ class Installed:
         guard: the guard that judges.
         llm: the guarded LLM; None if Settings had none.
         handler: the callback handler.
-        postprocessor: a GuardPostprocessor for engines to be given.
+        postprocessor: a GuardPostprocessor for engines whose retrievers have another callback manager.
         covered: what is judged now.
         not_covered: what is not, and what would cover it.
     """
@@ -90,7 +111,7 @@ def install(g: Guard | Backend | str | None = None, *, on_block: OnBlock = "rais
 
     Args:
         g: a Guard; a Backend or its spec, judged by the default policy; None for the embedded model, loaded here.
-        on_block: what the guarded LLM does: as in ``guard_llm()``. The handler raises.
+        on_block: what the guarded LLM does: as in ``guard_llm()``. The handler raises for a query, and drops nodes.
 
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
@@ -104,7 +125,7 @@ def install(g: Guard | Backend | str | None = None, *, on_block: OnBlock = "rais
     with warnings.catch_warnings():
         # What it warns of is in the report.
         warnings.simplefilter("ignore", CoverageWarning)
-        handler = GuardCallbackHandler(guard)
+        handler = _Dropping(guard)
     manager = Settings.callback_manager
     # In place, for what has this callback manager already; and first, so that the others hear nothing of what it stops.
     manager.handlers.insert(0, handler)

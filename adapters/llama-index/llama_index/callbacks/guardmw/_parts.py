@@ -62,6 +62,9 @@ def parts_of_answer(answer: object) -> list[Part]:
     if isinstance(answer, str):
         return [Part(TEXT, Turn("assistant", ""), answer)]
     if isinstance(answer, ChatResponse) and isinstance(answer.message, ChatMessage):
+        text = only_text(answer.message)
+        if text and answer.delta is None and not answer.additional_kwargs:
+            return [Part(TEXT, Turn("assistant", text))]
         return _answer(list(_message(answer.message, "assistant")), answer)
     if isinstance(answer, CompletionResponse) and isinstance(answer.text, str):
         return _answer([Part(TEXT, Turn("assistant", answer.text))], answer)

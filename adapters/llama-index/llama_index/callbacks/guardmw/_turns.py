@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.core.base.llms.types import CompletionResponse, MessageRole, TextBlock
+from llama_index.core.base.llms.types import ChatResponse, CompletionResponse, MessageRole, TextBlock
 from llama_index.core.bridge.pydantic import BaseModel
-from llama_index.core.schema import ImageNode, MetadataMode
+from llama_index.core.schema import BaseNode, ImageNode, IndexNode, MetadataMode, NodeWithScore
 from llama_index.core.tools import ToolOutput
 
 from guardmw import Conversation, ToolCall, Turn
@@ -15,8 +15,7 @@ from guardmw import Conversation, ToolCall, Turn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ContentBlock
-    from llama_index.core.schema import NodeWithScore
+    from llama_index.core.base.llms.types import ChatMessage, ContentBlock
 
 ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
     MessageRole.SYSTEM: "system",
@@ -39,6 +38,11 @@ def turns_of(messages: Sequence[ChatMessage]) -> tuple[Turn, ...]:
 
 def turn_of_answer(response: ChatResponse | CompletionResponse) -> Turn:
     """What a model answered, as the assistant's turn: a ChatMessage without a role would be the user's."""
+    plain = only_text(response.message) if isinstance(response, ChatResponse) else None
+    if isinstance(response, CompletionResponse) and not response.additional_kwargs:
+        plain = response.text
+    if plain is not None:
+        return Turn("assistant", plain)
     if isinstance(response, CompletionResponse):
         return _turn(MessageRole.ASSISTANT, [TextBlock(text=response.text)], response.additional_kwargs)
     return _turn(MessageRole.ASSISTANT, response.message.blocks, response.message.additional_kwargs)
@@ -52,11 +56,23 @@ def turn_of_result(output: object, name: str) -> Turn:
 
 
 def turn_of_node(node: NodeWithScore) -> Turn:
-    """A retrieved node as a model will read it, with the metadata that it is shown."""
+    """A retrieved node as a model will read it, with the metadata that it is shown, and with what it leads to."""
+    text = node.get_content(MetadataMode.LLM)
     kinds = [kind for kind in ("image", "audio", "video") if getattr(node.node, f"{kind}_resource", None)]
     if isinstance(node.node, ImageNode):
         kinds.append("image")
-    return Turn("document", node.get_content(MetadataMode.LLM), name=node.node_id, media=tuple(kinds))
+    behind = node.node.obj if isinstance(node.node, IndexNode) else None
+    if isinstance(behind, BaseNode):
+        behind = NodeWithScore(node=behind)
+    if isinstance(behind, NodeWithScore):
+        turn = turn_of_node(behind)
+        text, kinds = f"{text}\n{turn.text}", [*kinds, *turn.media]
+    elif isinstance(behind, str):
+        text = f"{text}\n{behind}"
+    elif behind is not None:
+        # What an engine or a retriever will say nobody can tell before it is asked.
+        kinds.append(type(behind).__name__)
+    return Turn("document", text, name=node.node_id, media=tuple(kinds))
 
 
 def only_text(message: ChatMessage) -> str | None:

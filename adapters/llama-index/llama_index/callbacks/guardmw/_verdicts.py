@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
 from traceback import TracebackException
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama_index.callbacks.guardmw.metrics import VerdictEvent
 from llama_index_instrumentation import get_dispatcher
 
-from guardmw import Backend, Blocked, Guard
+from guardmw import Backend, BackendError, Blocked, Guard
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from guardmw import GuardmwError, Verdict
 
@@ -33,21 +34,39 @@ _loading = Lock()
 class Judge:
     """A guard, or the promise of the embedded model's, which all share.
 
+    Attributes:
+        given: what it was made of, which can be pickled where the guard cannot.
+
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
         TypeError: what was given is none of these.
     """
 
     guard: Guard | None = None
+    given: Guard | Backend | str | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, g: Guard | Backend | str | None) -> Judge:
+    def of(cls, g: Guard | Backend | str | Judge | None) -> Judge:
         """What users give for a guard."""
+        if isinstance(g, Judge):
+            return g
         if isinstance(g, str | Backend):
-            return cls(Guard(g))
+            return cls(Guard(g), g)
         if g is not None and not isinstance(g, Guard):
             raise TypeError(f"give a Guard, a Backend, a spec or None, not {type(g).__name__}")
-        return cls(g)
+        return cls(g, g)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Judge:
+        # What it judges for is copied; the model and its locks stay one.
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Judge], tuple[Any, ...]]:
+        # An error here LlamaIndex swallows, and leaves the guard out, of the original too.
+        try:
+            pickle.dumps(self.given)
+        except Exception as error:  # noqa: BLE001 - whatever a backend's own parts raise
+            return _Lost, (None, str(error))
+        return Judge.of, (self.given,)
 
     def ready(self) -> Guard:
         """The guard; the embedded model is loaded here."""
@@ -58,6 +77,22 @@ class Judge:
         if self.guard or _loaded.cache_info().currsize:
             return self.ready()
         return await asyncio.to_thread(_embedded)
+
+
+class _Lost(Judge):
+    """What arrives of a guard that cannot be pickled, and why: it judges nothing, and so lets nothing pass."""
+
+    def ready(self) -> Guard:
+        raise BackendError(
+            f"what was pickled has lost its guard ({self.given}): give it one that can be pickled, "
+            "such as a spec ('embedded'), or guard it again where it has arrived"
+        )
+
+    async def aready(self) -> Guard:
+        return self.ready()
+
+    def __reduce__(self) -> tuple[Callable[..., Judge], tuple[Any, ...]]:
+        return _Lost, (None, self.given)
 
 
 def _embedded() -> Guard:

@@ -7,19 +7,28 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from llama_index.callbacks.guardmw._asked import Asked, Passed, asked_apart, asked_in_turns, asked_in_words
-from llama_index.callbacks.guardmw._gate import judging
+from llama_index.callbacks.guardmw._gate import Silent, judging
 from llama_index.callbacks.guardmw._turns import turn_of_answer, turn_of_node, turns_of
 from llama_index.callbacks.guardmw._verdicts import Judge, enforced, log, mark
+from llama_index.callbacks.guardmw.llm import GuardedLLM
+from llama_index.core import Settings
 from llama_index.core.callbacks.base import global_stack_trace
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.llms import LLM
+from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.span_handlers import NullSpanHandler
 
 from guardmw import Conversation, Guard, GuardmwError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
-    from guardmw import Backend, Turn
+    from llama_index.core.callbacks import CallbackManager
+    from llama_index.core.schema import NodeWithScore
+
+    from guardmw import Backend, Turn, Verdict
 
 UNDER_WAY = 1024
 """How many calls a handler waits to see end: there are events that never do."""
@@ -33,6 +42,13 @@ _NOT_SEEN = (
     "retrieved nodes. It cannot see tools run or agents step, it judges a stream only after its text is out, and it "
     "hears nothing from an LLM with another callback manager, such as one made before Settings.callback_manager was "
     "set. Once you have taken care of that: warnings.simplefilter('ignore', CoverageWarning)"
+)
+
+
+_UNHEARD = (
+    "{} is asked, and GuardCallbackHandler hears nothing of it: it was made before Settings.callback_manager was set, "
+    "or has another one. Take it from Settings.llm, set its callback_manager to Settings.callback_manager, or guard it "
+    "by itself: guard_llm(llm)"
 )
 
 
@@ -56,25 +72,25 @@ class GuardCallbackHandler(BaseCallbackHandler):
         TypeError: g is none of these.
     """
 
-    def __init__(self, g: Guard | Backend | str | None = None) -> None:
+    def __init__(self, g: Guard | Backend | str | Judge | None = None) -> None:
         super().__init__(
             event_starts_to_ignore=[kind for kind in CBEventType if kind not in _STARTS],
             event_ends_to_ignore=[kind for kind in CBEventType if kind not in _ENDS],
         )
-        self._given = g
         self._judge = Judge.of(g)
         self._passed = Passed()
         self._asked: dict[str, Sequence[Turn]] = {}
         self._lock = Lock()
+        _look_out()
         warnings.warn(_NOT_SEEN, CoverageWarning, stacklevel=2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardCallbackHandler:
         # An LLM is copied with its callback manager; the model and the lock stay one.
         return self
 
-    def __reduce__(self) -> tuple[type[GuardCallbackHandler], tuple[Guard | Backend | str | None]]:
+    def __reduce__(self) -> tuple[type[GuardCallbackHandler], tuple[Judge]]:
         # An LLM that is pickled drops the handlers that cannot be, and not only from the copy.
-        return type(self), (self._given,)
+        return type(self), (self._judge,)
 
     @property
     def guard(self) -> Guard:
@@ -126,7 +142,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
             return
         try:
             if event_type == CBEventType.RETRIEVE:
-                self._enter(asked_apart(map(turn_of_node, payload.get(EventPayload.NODES) or ())))
+                self._retrieved(payload.get(EventPayload.NODES) or ())
             else:
                 self._leave(payload, event_id)
         except GuardmwError as error:
@@ -146,10 +162,20 @@ class GuardCallbackHandler(BaseCallbackHandler):
 
     def _enter(self, asked: Asked) -> None:
         """Judge what of this has not passed before."""
-        if fresh := self._passed.fresh(asked):
-            verdicts = self.guard.screen_many(fresh.values())
-            self._passed.learn(fresh, verdicts)
-            enforced(verdicts)
+        if verdicts := self._judged(asked):
+            enforced([*verdicts.values()])
+
+    def _judged(self, asked: Asked) -> dict[bytes, Verdict]:
+        """The verdicts on what of this has not passed before, by its digest."""
+        if not (fresh := self._passed.fresh(asked)):
+            return {}
+        verdicts = self.guard.screen_many(fresh.values())
+        self._passed.learn(fresh, verdicts)
+        return dict(zip(fresh, verdicts, strict=True))
+
+    def _retrieved(self, nodes: Collection[NodeWithScore]) -> None:
+        """Judge what was found."""
+        self._enter(asked_apart(map(turn_of_node, nodes)))
 
     def _leave(self, payload: Mapping[str, Any], event_id: str) -> None:
         """Judge what a model answered, in the light of what it was asked."""
@@ -162,8 +188,43 @@ class GuardCallbackHandler(BaseCallbackHandler):
         enforced([self.guard.screen(Conversation((*context, turn_of_answer(response))))])
 
 
+class _Lookout(NullSpanHandler):
+    """Warns of the first LLM that is asked and tells nothing to the handler that stands in Settings."""
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "GuardmwLookout"
+
+    def span_enter(self, *_: Any, instance: object = None, **__: Any) -> None:  # noqa: ANN401 - the framework's
+        if not isinstance(instance, LLM) or not _is_unheard(instance):
+            return
+        root = get_dispatcher()
+        # Another list: the dispatcher is going through this one.
+        root.span_handlers = [handler for handler in root.span_handlers if handler is not self]
+        warnings.warn(_UNHEARD.format(type(instance).__name__), CoverageWarning, stacklevel=1)
+
+
 guardmw_callback_handler = GuardCallbackHandler
 """The name by which LlamaIndex's callback packages offer their handler."""
+
+
+def _look_out() -> None:
+    root = get_dispatcher()
+    if not any(isinstance(handler, _Lookout) for handler in root.span_handlers):
+        root.add_span_handler(_Lookout())
+
+
+def _is_unheard(llm: LLM) -> bool:
+    # The LLM inside a guarded one is silent; one inside a StructuredLLM speaks for itself.
+    if isinstance(llm, GuardedLLM | StructuredLLM) or isinstance(llm.callback_manager, Silent):
+        return False
+    # Asking for Settings.callback_manager would make one.
+    manager = Settings._callback_manager  # noqa: SLF001
+    return manager is not None and _is_in(manager) and not _is_in(llm.callback_manager)
+
+
+def _is_in(manager: CallbackManager) -> bool:
+    return any(isinstance(handler, GuardCallbackHandler) for handler in manager.handlers)
 
 
 def _asked(event_type: CBEventType, payload: Mapping[str, Any]) -> Asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 from llama_index.callbacks.guardmw._turns import turn_of_node
@@ -13,7 +14,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from guardmw import Conversation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from llama_index.core.prompts.mixin import PromptMixinType
     from llama_index.core.schema import NodeWithScore, QueryBundle
@@ -46,9 +47,13 @@ class GuardPostprocessor(BaseNodePostprocessor):
     on_block: OnBlock = "drop"
     _judge: Judge = PrivateAttr()
 
-    def __init__(self, g: Guard | Backend | str | None = None, *, on_block: OnBlock = "drop") -> None:
+    def __init__(self, g: Guard | Backend | str | Judge | None = None, *, on_block: OnBlock = "drop") -> None:
         super().__init__(on_block=_known(on_block))  # type: ignore[call-arg] # pydantic makes the signature
         self._judge = Judge.of(g)
+
+    def __reduce__(self) -> tuple[Callable[..., GuardPostprocessor], tuple[Judge]]:
+        # LlamaIndex leaves out what cannot be pickled, of the original too, and would make it anew without its guard.
+        return partial(type(self), on_block=self.on_block), (self._judge,)
 
     @classmethod
     def class_name(cls) -> str:
@@ -88,6 +93,21 @@ class GuardedRetriever(BaseRetriever):
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await _ascreen(self._judge, await self._inner.aretrieve(query_bundle), self._on_block)
+
+    # The inner retriever has followed its nodes where they lead; what came of going on would be judged by nobody.
+    def _handle_recursive_retrieval(
+        self,
+        query_bundle: QueryBundle,  # noqa: ARG002 - the framework's signature
+        nodes: list[NodeWithScore],
+    ) -> list[NodeWithScore]:
+        return nodes
+
+    async def _ahandle_recursive_retrieval(
+        self,
+        query_bundle: QueryBundle,  # noqa: ARG002 - the framework's signature
+        nodes: list[NodeWithScore],
+    ) -> list[NodeWithScore]:
+        return nodes
 
 
 def guard_retriever(
