@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from guardmw import _yaml
 from guardmw.train.miniguard import recipe as miniguard
+from guardmw.train.tinysafe import card
 from guardmw.train.tinysafe import recipe as tinysafe
 
 ROOT = Path(__file__).parent.parent
@@ -102,3 +104,10 @@ def test_code_is_found_between_its_fences() -> None:
     page = "text\n```bash\nmake demo\n```\n```python\nprint(1)\n```\ntext\n  ```python\nprint(2)\n  ```\n"
     assert [line for line in code_of(page).splitlines() if line] == ["print(1)", "print(2)"]
     assert code_of(page).splitlines().index("print(1)") == 5
+
+
+def test_the_page_of_the_embedded_model_tells_what_its_card_does() -> None:
+    """Written anew from the card, it is the same."""
+    folder = ROOT / "guardmw" / "models"
+    told = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    assert card.page(told) == (folder / card.PAGE).read_text(encoding="utf-8")

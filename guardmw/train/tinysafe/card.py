@@ -55,7 +55,7 @@ def page(card: Mapping[str, Any]) -> str:
     if bench:
         parts += [
             "## On benchmarks",
-            "At the thresholds above. Nothing was trained, chosen or fitted on these.",
+            "At the thresholds above. Nothing was trained or fitted on these.",
             figures(bench, ("rows", "unsafe", "f1", "macro_f1", "recall", "fpr", "auprc", "ece")),
             "## Where it fails",
             failures(bench),
@@ -74,6 +74,7 @@ def page(card: Mapping[str, Any]) -> str:
             ((name, str(of["rows"]), of["license"]) for name, of in card["data"].items()),
         ),
         "## Recipe",
+        *([note] if (note := training.get("note")) else []),
         "`guardmw train tinysafe recipe.yaml --out FOLDER` with these settings, all others at their defaults:",
         f"```json\n{json.dumps(card['recipe'], indent=2)}\n```",
     ]
