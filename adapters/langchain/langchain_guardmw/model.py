@@ -400,8 +400,9 @@ def _guarded(runnable: Runnable[I, O], around: Around) -> Runnable[I, O]:
 
 def _answering(runnable: Runnable[I, O], around: Around) -> Runnable[I, O]:
     """What stands beside a guarded model, or in its place, guarded whatever it is."""
-    if isinstance(runnable, GuardedModel):
-        return runnable
+    given: Any = runnable
+    if isinstance(given, GuardedModel):
+        return cast("Runnable[I, O]", given)
     guarded: Runnable[I, O] = _replaced(runnable, around)
     if guarded is runnable:
         whole: Any = GuardedModel(inner=Answering(runnable=runnable), around=around)
