@@ -180,7 +180,8 @@ class GuardedModel(BaseChatModel):
         **kwargs: Any,  # noqa: ANN401
     ) -> RunnableWithFallbacks[LanguageModelInput, AIMessage]:
         # One of them is asked after a block, too.
-        return super().with_fallbacks([_answering(one, self.around) for one in fallbacks], **kwargs)
+        guarded = [one if isinstance(one, GuardedModel) else _answering(one, self.around) for one in fallbacks]
+        return super().with_fallbacks(guarded, **kwargs)
 
     def configurable_alternatives(  # noqa: D102
         self,
@@ -400,9 +401,6 @@ def _guarded(runnable: Runnable[I, O], around: Around) -> Runnable[I, O]:
 
 def _answering(runnable: Runnable[I, O], around: Around) -> Runnable[I, O]:
     """What stands beside a guarded model, or in its place, guarded whatever it is."""
-    given: Any = runnable
-    if isinstance(given, GuardedModel):
-        return cast("Runnable[I, O]", given)
     guarded: Runnable[I, O] = _replaced(runnable, around)
     if guarded is runnable:
         whole: Any = GuardedModel(inner=Answering(runnable=runnable), around=around)
