@@ -53,7 +53,10 @@ def load(spec: str) -> Backend:
 
     known = entry_points(group=GROUP)
     if name not in known.names:
-        raise BackendUnavailable(f"unknown backend {name!r}: {nearest(name, sorted(known.names))}")
+        names = sorted(known.names)
+        hint, known_names = nearest(name, names), ", ".join(names)
+        others = "" if known_names in hint else f" There are: {known_names}"
+        raise BackendUnavailable(f"unknown backend {name!r}: {hint}{others}")
     try:
         backend: Backend = known[name].load()(rest)
     except ImportError as error:

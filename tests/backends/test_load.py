@@ -46,7 +46,9 @@ def lacking_inside(_rest: str) -> Backend:
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
     """A typo is corrected."""
-    with pytest.raises(BackendUnavailable, match=r"unknown backend 'embeded': did you mean 'embedded'\?"):
+    with pytest.raises(
+        BackendUnavailable, match=r"unknown backend 'embeded': did you mean 'embedded'\? There are: .*\bonnx\b"
+    ):
         load("embeded")
 
 

@@ -18,7 +18,7 @@ from langgraph.types import Command
 from guardmw import Blocked
 from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate
-from langchain_guardmw.model import stand_in
+from langchain_guardmw.model import as_chunk, stand_in
 from langchain_guardmw.outcome import log, refusal, strictest
 from langchain_guardmw.parts import is_role, within
 
@@ -160,6 +160,12 @@ class Again(Told):
     async def aanswer(self, run: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401, ARG002, D102
         return ChatResult(generations=[ChatGeneration(message=self.said)])
 
+    def chunks(self, run: Callable[[], Iterator[Any]]) -> Iterator[Any]:  # noqa: ARG002, D102
+        yield as_chunk(self.answer(list))
+
+    async def achunks(self, run: Callable[[], AsyncIterator[Any]]) -> AsyncIterator[Any]:  # noqa: ARG002, D102
+        yield as_chunk(self.answer(list))
+
 
 class Pending(NamedTuple):
     """An answer that a refusal stands for until a person has decided.
@@ -259,8 +265,7 @@ class Asking:
         asked = copy(self._request)
         # `override` gives the same, and warns of each of nine attributes, which is dear also where nobody hears it.
         put = object.__setattr__
-        model = stand_in(self._request.model, self._around)
-        put(asked, "model", model.model_copy(update={"disable_streaming": True}) if self._said else model)
+        put(asked, "model", stand_in(self._request.model, self._around))
         if self._instead:
             messages = self._request.messages
             put(asked, "messages", [self._instead.get(at, message) for at, message in enumerate(messages)])

@@ -40,7 +40,10 @@ def guarded(
 
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
+        TypeError: the chain is nothing that can be run.
     """
+    if not isinstance(chain, Runnable):
+        raise TypeError(f"give a chain, a model or another Runnable, not {type(chain).__name__}")
     gate = Gate(as_guard(g), "output", "refuse", refusal=refusal)
     if g is None and _has_guards(chain):
         return GuardedChain(chain=chain, around=Around(gate, "off", output=False))

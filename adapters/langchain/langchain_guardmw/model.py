@@ -4,37 +4,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence  # noqa: TC003 - see below
 from contextvars import Context, copy_context
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, message_chunk_to_message
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableParallel, RunnableSequence
+from langchain_core.runnables import (
+    ConfigurableField,
+    Runnable,
+    RunnableConfig,
+    RunnableParallel,
+    RunnableSequence,
+    RunnableSerializable,
+)
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.runnables.configurable import RunnableConfigurableAlternatives
 from langchain_core.runnables.fallbacks import RunnableWithFallbacks
-from langchain_core.tools import StructuredTool
-from pydantic import ConfigDict, Field, InstanceOf, model_validator
+from langchain_core.runnables.retry import RunnableRetry
+from langchain_core.tools import BaseTool, StructuredTool
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, model_validator
 
 from langchain_guardmw.gate import Around, Gate, Input, OnBlock, as_guard
 from langchain_guardmw.hooks import Signed, signed
 from langchain_guardmw.outcome import is_failure
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-    from langchain_core.language_models import LanguageModelInput
     from langchain_core.language_models.base import LangSmithParams
-    from langchain_core.messages import BaseMessage
-    from langchain_core.tools import BaseTool
-    from pydantic import BaseModel
 
     from guardmw import Backend, Guard
     from langchain_guardmw.held import Mode
 
+# langchain-core asks for the type hints of a model's public methods, to tell which of them make another runnable: their
+# names are imported at run time.
 I = TypeVar("I")  # noqa: E741 - what goes in
 O = TypeVar("O")  # noqa: E741 - what comes out
 
@@ -172,8 +180,19 @@ class GuardedModel(BaseChatModel):
         **kwargs: Any,  # noqa: ANN401
     ) -> RunnableWithFallbacks[LanguageModelInput, AIMessage]:
         # One of them is asked after a block, too.
-        guarded = [one if isinstance(one, GuardedModel) else _replaced(one, self.around) for one in fallbacks]
+        guarded = [one if isinstance(one, GuardedModel) else _answering(one, self.around) for one in fallbacks]
         return super().with_fallbacks(guarded, **kwargs)
+
+    def configurable_alternatives(  # noqa: D102
+        self,
+        which: ConfigurableField,
+        *,
+        default_key: str = "default",
+        prefix_keys: bool = False,
+        **kwargs: Runnable[LanguageModelInput, AIMessage] | Callable[[], Runnable[LanguageModelInput, AIMessage]],
+    ) -> RunnableSerializable[LanguageModelInput, AIMessage]:
+        guarded = {name: _alternative(one, self.around) for name, one in kwargs.items()}
+        return super().configurable_alternatives(which, default_key=default_key, prefix_keys=prefix_keys, **guarded)
 
     def get_token_ids(self, text: str) -> list[int]:  # noqa: D102
         return self.inner.get_token_ids(text)
@@ -282,7 +301,7 @@ class GuardedModel(BaseChatModel):
 
     async def _aanswer(self, messages: list[BaseMessage], **kwargs: Any) -> ChatResult:  # noqa: ANN401
         """The inner model's own; as ``_apart()``, without a task, which would cost as much as the guard."""
-        token = var_child_runnable_config.set(None)
+        token = var_child_runnable_config.set(_unheard())
         try:
             return await self.inner._agenerate_with_cache(messages, **kwargs)
         finally:
@@ -291,7 +310,7 @@ class GuardedModel(BaseChatModel):
     def _chunks(self, messages: list[BaseMessage], **kwargs: Any) -> Iterator[ChatGenerationChunk]:  # noqa: ANN401
         """The inner model's own; its whole answer as one, if it does not stream."""
         if type(self.inner)._stream is BaseChatModel._stream:
-            yield _chunk(self.inner._generate_with_cache(messages, **kwargs))
+            yield as_chunk(self.inner._generate_with_cache(messages, **kwargs))
             return
         if self.inner.rate_limiter:
             self.inner.rate_limiter.acquire(blocking=True)
@@ -304,7 +323,7 @@ class GuardedModel(BaseChatModel):
     ) -> AsyncGenerator[ChatGenerationChunk, None]:
         kind = type(self.inner)
         if kind._astream is BaseChatModel._astream and kind._stream is BaseChatModel._stream:
-            yield _chunk(await self.inner._agenerate_with_cache(messages, **kwargs))
+            yield as_chunk(await self.inner._agenerate_with_cache(messages, **kwargs))
             return
         if self.inner.rate_limiter:
             await self.inner.rate_limiter.aacquire(blocking=True)
@@ -312,8 +331,53 @@ class GuardedModel(BaseChatModel):
             yield chunk
 
 
-def stand_in(inner: BaseChatModel, around: Around) -> GuardedModel:
-    """A ``GuardedModel`` in less than half the time, as agents need one for every turn: nothing is validated."""
+class Answering(BaseChatModel):
+    """What answers as a chat model does, and is none: a function, or what makes a model only when it is asked.
+
+    Attributes:
+        runnable: that answers, in one piece.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    runnable: InstanceOf[Runnable[Any, Any]]
+
+    @property
+    def _llm_type(self) -> str:
+        return self.runnable.get_name()
+
+    def bind_tools(self, *args: Any, **kwargs: Any) -> Answering:  # noqa: ANN401, D102
+        runnable: Any = self.runnable
+        return Answering(runnable=runnable.bind_tools(*args, **kwargs))
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - nobody is told what is not judged
+        **kwargs: Any,  # noqa: ANN401
+    ) -> ChatResult:
+        stops = {} if stop is None else {"stop": stop}
+        return _result(self.runnable.invoke(messages, {"callbacks": []}, **stops, **kwargs))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002 - nobody is told what is not judged
+        **kwargs: Any,  # noqa: ANN401
+    ) -> ChatResult:
+        stops = {} if stop is None else {"stop": stop}
+        return _result(await self.runnable.ainvoke(messages, {"callbacks": []}, **stops, **kwargs))
+
+
+def stand_in(inner: Runnable[LanguageModelInput, AIMessage], around: Around) -> Runnable[LanguageModelInput, AIMessage]:
+    """An agent's model, guarded, which need not be a chat model.
+
+    Of one it is a ``GuardedModel`` in less than half the time, as agents need one for every turn: nothing is validated.
+    """
+    if not isinstance(inner, BaseChatModel):
+        return _answering(inner, around)
     return _blank().model_copy(update={**_of(inner), "inner": inner, "around": around})
 
 
@@ -335,10 +399,31 @@ def _guarded(runnable: Runnable[I, O], around: Around) -> Runnable[I, O]:
     return guarded
 
 
+def _answering(runnable: Runnable[I, O], around: Around) -> Runnable[I, O]:
+    """What stands beside a guarded model, or in its place, guarded whatever it is."""
+    guarded: Runnable[I, O] = _replaced(runnable, around)
+    if guarded is runnable:
+        whole: Any = GuardedModel(inner=Answering(runnable=runnable), around=around)
+        return cast("Runnable[I, O]", whole)
+    return guarded
+
+
+def _alternative(
+    one: Runnable[I, O] | Callable[[], Runnable[I, O]], around: Around
+) -> Runnable[I, O] | Callable[[], Runnable[I, O]]:
+    if isinstance(one, Runnable):
+        return _answering(one, around)
+    return lambda: _answering(one(), around)
+
+
 def _replaced(runnable: Runnable[Any, Any], around: Around) -> Any:  # noqa: ANN401 - a runnable of the same type
     """The very same where there is no chat model in it."""
     if isinstance(runnable, BaseChatModel):
         return GuardedModel(inner=runnable, around=around)
+    if isinstance(runnable, RunnableConfigurableAlternatives):
+        alternatives = {name: _alternative(one, around) for name, one in runnable.alternatives.items()}
+        update = {"default": _answering(runnable.default, around), "alternatives": alternatives}
+        return runnable.model_copy(update=update)
     inside = {name: _replaced(part, around) for name, part in _within(runnable).items()}
     if all(part is inside[name] for name, part in _within(runnable).items()):
         return runnable
@@ -348,7 +433,11 @@ def _replaced(runnable: Runnable[Any, Any], around: Around) -> Any:  # noqa: ANN
         return RunnableParallel(inside)
     if isinstance(runnable, RunnableWithFallbacks):
         first, *others = inside.values()
+        if isinstance(_bare(first), BaseChatModel):
+            others = [_answering(one, around) for one in runnable.fallbacks]
         return runnable.model_copy(update={"runnable": first, "fallbacks": others})
+    if isinstance(runnable, RunnableRetry):
+        inside["retry_exception_types"] = is_failure(runnable.retry_exception_types)
     # A binding: nothing else has anything in it.
     return cast("RunnableBindingBase[Any, Any]", runnable).model_copy(update=inside)
 
@@ -364,6 +453,11 @@ def _within(runnable: Runnable[Any, Any]) -> dict[str, Runnable[Any, Any]]:
     return {"bound": runnable.bound} if isinstance(runnable, RunnableBindingBase) else {}
 
 
+def _bare(runnable: Runnable[Any, Any]) -> Runnable[Any, Any]:
+    """What it is without what is bound to it."""
+    return _bare(runnable.bound) if isinstance(runnable, RunnableBindingBase) else runnable
+
+
 def _is_form(tool: object) -> bool:
     """Whether nothing can be done with a tool: agents offer one for their model to give structured output.
 
@@ -375,11 +469,30 @@ def _is_form(tool: object) -> bool:
 def _apart() -> Context:
     """A context in which a model that is made of other runnables does not tell this run's callbacks what they do."""
     context = copy_context()
-    context.run(var_child_runnable_config.set, None)
+    context.run(var_child_runnable_config.set, _unheard())
     return context
 
 
-def _chunk(result: ChatResult) -> ChatGenerationChunk:
+def _unheard() -> RunnableConfig | None:
+    """What this run is configured to do, without those who are told of it: callbacks, and streams of a graph."""
+    config = var_child_runnable_config.get()
+    chosen = config.get("configurable") if config else None
+    if not chosen:
+        return None
+    return {"configurable": {name: value for name, value in chosen.items() if not name.startswith("__")}}
+
+
+def _result(answer: object) -> ChatResult:
+    message = AIMessage(answer) if isinstance(answer, str) else answer
+    if not isinstance(message, AIMessage):
+        raise TypeError(f"what answers as a chat model returns an AIMessage or a str, not {type(answer).__name__}")
+    if isinstance(message, AIMessageChunk):
+        message = message_chunk_to_message(message)
+    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def as_chunk(result: ChatResult) -> ChatGenerationChunk:
+    """A whole answer as the only chunk of a stream."""
     generation = result.generations[0]
     message = AIMessageChunk(**generation.message.model_dump(exclude={"type"}), chunk_position="last")
     return ChatGenerationChunk(message=message, generation_info=generation.generation_info)

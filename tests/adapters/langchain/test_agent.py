@@ -23,8 +23,9 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.tools import tool
-from langchain_guardmw import REFUSAL, GuardMiddleware, history
+from langchain_guardmw import REFUSAL, GuardMiddleware, guard_model, history
 from langchain_guardmw.asking import WITHHELD
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
@@ -1016,3 +1017,78 @@ def test_two_in_one_agent_have_two_names() -> None:
     )
     agent.invoke(said("Hello."), THREAD)
     assert texts(agent) == ["Hello.", REFUSAL]
+
+
+class Down(Fake):
+    """A model that does not answer."""
+
+    def _chunks(self, messages: list[BaseMessage]) -> Sequence[AIMessageChunk]:
+        raise ConnectionError
+
+
+# Models that are no chat models, of which LangChain's own agent is happy to ask.
+COMPOSED: dict[str, Callable[[Fake], Runnable[Any, AIMessage]]] = {
+    "arguments bound": lambda model: model.bind(temperature=0),
+    "fallbacks": lambda model: Down().with_fallbacks([model]),
+    "fallbacks of a guarded one": lambda model: guard_model(Down(), Witness(), on_block="refuse").with_fallbacks(
+        [model]
+    ),
+    "retry": lambda model: model.with_retry(),
+    "alternatives": lambda model: (
+        Down().configurable_alternatives(ConfigurableField(id="m"), up=model).with_config({"configurable": {"m": "up"}})
+    ),
+    "fields": lambda model: model.configurable_fields(name=ConfigurableField(id="n")),
+    "function": lambda model: RunnableLambda(model.invoke),
+    "function as a fallback": lambda model: Down().with_fallbacks([RunnableLambda(model.invoke)]),
+}
+
+
+@pytest.mark.parametrize("kind", COMPOSED)
+@pytest.mark.parametrize("way", [invoke, ainvoke, stream("messages"), astream("messages")])
+def test_a_model_need_not_be_a_chat_model(kind: str, way: Run) -> None:
+    """It answers as without a guard, and nobody sees of it what is withheld."""
+    shown: list[Any] = []
+    bare: Any = COMPOSED[kind](Fake.saying(SAFE, UNSAFE))
+    agent: Any = create_agent(
+        bare, middleware=[GuardMiddleware(Witness(), on_block="end")], checkpointer=InMemorySaver()
+    )
+    way(agent, said("Hello."), shown.append)
+    assert texts(agent)[-1] == f"{SAFE} "
+    way(agent, said("Again."), shown.append)
+    assert REFUSED in texts(agent)[-1]
+    assert "EVIL" not in repr(shown)
+
+
+@pytest.mark.parametrize(
+    "kind", ["arguments bound", "fallbacks", "fallbacks of a guarded one", "alternatives", "fields"]
+)
+def test_such_a_model_takes_tools(kind: str) -> None:
+    """As LangChain binds them to it, and each model in it is guarded then."""
+    bare: Any = COMPOSED[kind](Fake.saying(call("safe"), UNSAFE))
+    agent: Any = create_agent(bare, [note], middleware=[GuardMiddleware(Witness(), on_block="end")])
+    ended = agent.invoke(said("Hello."))
+    assert NOTED == ["safe"]
+    assert REFUSED in ended["messages"][-1].text
+
+
+def test_arguments_bound_to_a_model_reach_it() -> None:
+    """A guard drops none of them."""
+    given: list[Any] = []
+
+    class Keeping(Fake):
+        def _generate(self, messages: list[BaseMessage], stop: Any = None, *args: Any, **kwargs: Any) -> ChatResult:
+            given.append((stop, kwargs))
+            return super()._generate(messages, *args, **kwargs)
+
+    model: Any = Keeping.saying(SAFE).bind(stop=["x"], temperature=0)
+    create_agent(model, middleware=[GuardMiddleware(Witness())]).invoke(said("Hello."))
+    assert given == [(["x"], {"temperature": 0})]
+
+
+def test_a_raised_block_is_not_tried_again_by_a_model_that_retries() -> None:
+    """A verdict is no failure."""
+    model = Fake.saying(UNSAFE, SAFE)
+    bare: Any = model.with_retry(wait_exponential_jitter=False)
+    with pytest.raises(Blocked):
+        create_agent(bare, middleware=[GuardMiddleware(Witness())]).invoke(said("Hello."))
+    assert len(model._asked) == 1

@@ -347,3 +347,11 @@ def test_it_has_the_types_of_its_chain() -> None:
     assert (made | RunnableLambda(len)).invoke({"topic": "EVIL"}) == len(REFUSAL)
     with pytest.raises(TypeError):
         guarded(chain, 5)  # type: ignore[arg-type]
+
+
+def test_what_is_no_chain_is_refused_without_being_quoted() -> None:
+    """The message names what to give."""
+    nothing: Any = "my secret text"
+    with pytest.raises(TypeError, match="give a chain, a model or another Runnable, not str") as raised:
+        guarded(nothing)
+    assert "secret" not in str(raised.value)

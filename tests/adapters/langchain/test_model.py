@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import pytest
 from langchain.agents import create_agent
@@ -18,7 +18,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.rate_limiters import InMemoryRateLimiter
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import ConfigurableField, Runnable, RunnableLambda
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_guardmw import REFUSAL, GuardedModel, guard_model
@@ -984,3 +984,68 @@ def test_too_few_scores_in_the_middle_release_nothing_more() -> None:
     with pytest.raises(Blocked):
         stream(model, QUESTION, Watch(), out.append)
     assert "".join(chunk.text for chunk in out) == SENTENCES[0]
+
+
+def test_names_in_signatures_are_there_at_run_time() -> None:
+    """langchain-core asks for them where a guarded model stands in front of another."""
+    for name in ("bind_tools", "with_structured_output", "with_retry", "with_fallbacks", "configurable_alternatives"):
+        assert "return" in get_type_hints(getattr(GuardedModel, name))
+    get_type_hints(GuardedModel.get_num_tokens_from_messages)
+
+
+def test_tools_are_bound_to_a_guarded_model_and_its_fallbacks() -> None:
+    """Each of them stays guarded."""
+    source = Source(messages(UNSAFE))
+    model: Any = guard_model(Fake(), KEYWORD, on_block="refuse").with_fallbacks([Fake.of(source)])
+    bound = model.bind_tools([Note])
+    assert bound.invoke(QUESTION).text == SAFE
+    assert [type(one.bound) for one in bound.runnables] == [GuardedModel, GuardedModel]
+
+
+@pytest.mark.parametrize("kind", ["model", "bound", "made when asked", "function"])
+def test_alternatives_of_a_guarded_model_are_guarded(kind: str) -> None:
+    """Whichever is chosen, and whatever it is."""
+    evil = Fake.of(Source(messages(UNSAFE)))
+    alternatives: dict[str, Any] = {
+        "model": evil,
+        "bound": evil.bind(stop=["x"]),
+        "made when asked": lambda: evil,
+        "function": RunnableLambda(evil.invoke),
+    }
+    model = guard_model(Fake(), KEYWORD).configurable_alternatives(ConfigurableField(id="m"), evil=alternatives[kind])
+    assert model.invoke(QUESTION).text == SAFE
+    with pytest.raises(Blocked):
+        model.invoke(QUESTION, {"configurable": {"m": "evil"}})
+
+
+@pytest.mark.parametrize("way", [invoke, ainvoke, stream, astream])
+def test_a_function_as_a_fallback_is_judged_unseen(way: Way) -> None:
+    """Also what models in it say, of which callbacks hear nothing."""
+
+    class Down(Fake):
+        def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+            raise ConnectionError
+
+        def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+            raise ConnectionError
+
+        async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
+            raise ConnectionError
+            yield
+
+    for text in (SAFE, UNSAFE):
+        other = Fake.of(Source(messages(text)))
+        function = RunnableLambda(lambda asked, other=other: other.invoke(asked))
+        model = guard_model(Down(), KEYWORD, on_block="refuse").with_fallbacks([function])
+        watch, shown = Watch(), []
+        way(model, QUESTION, watch, shown.append)
+        assert ("EVIL" in repr((watch.told, shown))) is False
+        assert (REFUSED in repr(shown)) == (text == UNSAFE)
+
+
+def test_a_function_in_the_place_of_a_model_says_what_it_is_to_return() -> None:
+    """Without a quote of what it returned."""
+    wrong = RunnableLambda(lambda _: {"a": "secret"})
+    model = guard_model(Fake(), KEYWORD).configurable_alternatives(ConfigurableField(id="m"), wrong=wrong)
+    with pytest.raises(TypeError, match="returns an AIMessage or a str, not dict"):
+        model.invoke(QUESTION, {"configurable": {"m": "wrong"}})
