@@ -158,6 +158,18 @@ def spoken(message: BaseMessage) -> tuple[list[Part], Turn]:
     return found, _turn(message, found)
 
 
+def unsaid(value: object, said: Iterable[str]) -> list[Part]:
+    """What an object that was made of an answer says beyond these texts of it: what JSON escapes stand for."""
+    texts = [text for text in said if text]
+    # What nobody can read in it is some of those texts, unless they are not all that they seem.
+    seen = bool(texts) and not any("\\" in text for text in texts)
+    return [
+        part
+        for part in parts(value, "output")
+        if not (any(part.turn.text in text for text in texts) if part.turn.text else seen)
+    ]
+
+
 def is_plain(message: BaseMessage) -> bool:
     """Whether it says nothing but one text, in its name and its role."""
     fields = message.__dict__

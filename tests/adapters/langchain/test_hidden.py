@@ -323,3 +323,58 @@ def test_a_blocked_call_is_not_tried_again(order: str) -> None:
     ended = agent.invoke({"messages": [("user", "hi")]})
     assert [message.status for message in ended["messages"] if isinstance(message, ToolMessage)] == ["error"]
     assert calls == ["1"]
+
+
+ESCAPED = '{"x": "\\u0045VIL plan"}'
+
+
+@pytest.mark.parametrize("on_block", ["raise", "end", "replace"])
+@pytest.mark.parametrize("by", ["guard", "tool guard", "both"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_what_escapes_stand_for_is_judged_in_an_agents_object(by: str, on_block: Any, asynchronous: bool) -> None:
+    """Its text says something else than the object that the provider's JSON is read into."""
+    middleware: list[Any] = [ToolGuardMiddleware(BACKEND)] if by != "guard" else []
+    middleware += [GuardMiddleware(BACKEND, on_block=on_block)] if by != "tool guard" else []
+    agent: Any = create_agent(
+        Counted(responses=[AIMessage(ESCAPED)]), [], middleware=middleware, response_format=ProviderStrategy(Answer)
+    )
+    given = {"messages": [("user", "hi")]}
+    try:
+        ended = await agent.ainvoke(given) if asynchronous else agent.invoke(given)
+    except Blocked:
+        assert on_block == "raise"
+        return
+    assert ended.get("structured_response") is None
+    assert ended["messages"][-1].text == REFUSAL
+    assert "VIL" not in repr(ended)
+
+
+def test_an_error_that_quotes_escapes_spelt_out_is_judged() -> None:
+    """It shows what the answer was read into."""
+    responses = [AIMessage('{"y": "\\u0045VIL plan"}')]
+    middleware = GuardMiddleware(BACKEND, on_block="end")
+    agent: Any = create_agent(
+        Counted(responses=responses), [], middleware=[middleware], response_format=ProviderStrategy(Answer)
+    )
+    assert agent.invoke({"messages": [("user", "hi")]})["messages"][-1].text == REFUSAL
+
+
+@pytest.mark.parametrize("kind", [GuardMiddleware, ToolGuardMiddleware])
+def test_an_object_that_says_no_more_than_the_answer_costs_nothing(kind: Any) -> None:
+    """The answer has been judged."""
+    judged: list[str] = []
+
+    class Witness(KeywordBackend):
+        def classify(self, conversations: Any) -> Any:
+            judged.extend(one.trial for one in conversations)
+            return super().classify(conversations)
+
+    agent: Any = create_agent(
+        Counted(responses=[AIMessage('{"x": "fine"}')]),
+        [],
+        middleware=[kind(Witness({"EVIL": 0.99}))],
+        response_format=ProviderStrategy(Answer),
+    )
+    assert agent.invoke({"messages": [("user", "hi")]})["structured_response"] == Answer(x="fine")
+    assert judged.count('{"x": "fine"}') == 1
+    assert "fine" not in judged
