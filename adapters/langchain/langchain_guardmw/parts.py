@@ -277,12 +277,19 @@ def _opened(value: object) -> object:
     if isinstance(value, ChatResult):
         return value.generations
     if isinstance(value, BaseModel):
-        return dict(value)
+        computed = {name: getattr(value, name) for name in type(value).model_computed_fields}
+        return {**dict(value), **computed, **_own_words(value)}
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        return {field.name: getattr(value, field.name) for field in fields(value)} | _own_words(value)
     if isinstance(value, Enum):
         return value.value
     return str(value) if isinstance(value, PurePath) else value
+
+
+def _own_words(value: object) -> dict[str, str]:
+    """What a prompt would say of an object whose class has made that up itself."""
+    own = type(value).__str__ not in (BaseModel.__str__, object.__str__)
+    return {"__str__": str(value)} if own else {}
 
 
 def _text(text: str, path: Channel, stage: Stage | None, *, delta: bool) -> Part:
@@ -318,6 +325,8 @@ def _mapping(value: Mapping[Any, Any], path: Channel, stage: Stage | None, *, de
     if keys:
         yield from _walk("\n".join(keys), (*path, Beside.KEYS), stage)
     for key, item in value.items():
+        if not isinstance(key, str):
+            yield from _walk(key, (*path, Beside.KEYS, key), stage)
         yield from _walk(item, (*path, key), stage, delta=delta)
 
 
@@ -561,6 +570,8 @@ def _block(block: Mapping[Any, Any], role: Role, path: Kind) -> Iterator[tuple[K
             yield path, None
             block = {key: block[key] for key in ("text", "transcript") if key in block}
     for key, item in block.items():
+        if not isinstance(key, str):
+            yield from _strings(key, role, (*path, "keys"))
         at = (*path, str(key))
         own = role == "tool" and nested
         if not (isinstance(item, str) and (_is_cipher(at, item, role) or (not own and _is_mark(at[-1], item)))):
