@@ -20,7 +20,7 @@ from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate, quoted
 from langchain_guardmw.model import stand_in
 from langchain_guardmw.outcome import log, refusal, strictest
-from langchain_guardmw.parts import is_role, unsaid, within
+from langchain_guardmw.parts import as_mark, is_mark, is_role, unsaid, within
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator
@@ -263,8 +263,13 @@ class Asking:
         put(asked, "model", model.model_copy(update={"disable_streaming": True}) if self._said else model)
         if self._instead:
             messages = self._request.messages
-            put(asked, "messages", [self._instead.get(at, message) for at, message in enumerate(messages)])
+            put(asked, "messages", [self._seen(at, message) for at, message in enumerate(messages)])
         return asked
+
+    def _seen(self, at: int, message: BaseMessage) -> BaseMessage:
+        told = self._instead.get(at, message)
+        # The state knows it by that, whatever it says.
+        return told if told is message or is_mark(told.id) else told.model_copy(update={"id": None})
 
     def context(self) -> tuple[Turn, ...]:
         """What an answer is judged in the light of."""
@@ -417,10 +422,12 @@ def instead(message: BaseMessage, tools: Collection[str] = (), text: str = WITHH
                 "type": "tool_call",
                 "name": call["name"] if call["name"] in tools else "tool",
                 "args": {},
-                "id": call["id"],
+                "id": as_mark(call["id"]),
             }
             for call in given["tool_calls"]
         ]
+    if not is_mark(given.get("tool_call_id")):
+        emptied["tool_call_id"] = as_mark(given["tool_call_id"])
     copy = message.model_copy(update=emptied)
     if copy.model_extra:
         copy.model_extra.clear()

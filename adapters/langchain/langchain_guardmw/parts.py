@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import date, time, timedelta
 from enum import Enum
+from hashlib import blake2b
 from numbers import Number
 from operator import is_
 from pathlib import PurePath
@@ -181,8 +182,22 @@ def is_plain(message: BaseMessage) -> bool:
         or fields.get("invalid_tool_calls")
         or fields.get("tool_call_chunks")
         or not is_role(fields.get("role", "user"))
+        or not is_mark(fields.get("id"))
+        or not is_mark(fields.get("tool_call_id"))
         or message.__pydantic_extra__
     )
+
+
+def is_mark(id_: object) -> bool:
+    """Whether it is one word that a machine gives; no sentence of a script without spaces is."""
+    return id_ is None or (isinstance(id_, str) and _MARK.fullmatch(id_) is not None)
+
+
+def as_mark(id_: str | None) -> str | None:
+    """An id that may stand in the place of this one: itself where it is a mark, else always the same other."""
+    if id_ is None or is_mark(id_):
+        return id_
+    return blake2b(id_.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def is_role(word: object) -> bool:
@@ -363,9 +378,15 @@ def _as_message(value: object) -> BaseMessage | None:
     if not isinstance(role, str) or role not in _ROLES:
         return None
     try:
-        return convert_to_messages([value])[0]  # type: ignore[list-item] # what it is not, it raises for
+        message = convert_to_messages([value])[0]  # type: ignore[list-item] # what it is not, it raises for
     except Exception:  # noqa: BLE001 - it looked like a message, and is walked as what it is
         return None
+    if isinstance(value, dict) and value.get("response_metadata"):
+        # Of a message it is its provider's, of a dict whoever wrote that; the message is ours.
+        noted = _strings(value["response_metadata"], _role(message))
+        words = [text for _, text in noted if text]
+        message.additional_kwargs["response_metadata"] = "\n".join(words)
+    return message
 
 
 def _messages(messages: Sequence[BaseMessage], path: Channel) -> Iterator[Part]:
@@ -439,7 +460,7 @@ def _said(message: BaseMessage, calls: Sequence[ToolCall]) -> Iterator[tuple[Kin
         # An answer in sound comes as {"audio": {"data": …, "transcript": …}}.
         key: {"type": key, **value} if key in _MEDIA and isinstance(value, Mapping) else value
         for key, value in message.additional_kwargs.items()
-        if key != "function_call"
+        if key != "function_call" or not isinstance(value, Mapping)
     }
     content: object = message.content
     if calls:
@@ -451,6 +472,19 @@ def _said(message: BaseMessage, calls: Sequence[ToolCall]) -> Iterator[tuple[Kin
         yield ("name",), message.name
     if not is_role(title := message.__dict__.get("role", "user")):
         yield ("role",), str(title)
+    ids = dict.fromkeys(str(id_) for id_ in _ids(message) if not is_mark(id_))
+    if ids:
+        yield ("id",), "\n".join(ids)
+
+
+def _ids(message: BaseMessage) -> Iterator[object]:
+    """Its own, that of the call that it answers, and those of its calls."""
+    fields = message.__dict__
+    yield fields.get("id")
+    yield fields.get("tool_call_id")
+    for calls in ("tool_calls", "invalid_tool_calls", "tool_call_chunks"):
+        for call in fields.get(calls) or ():
+            yield call.get("id")
 
 
 def _calls(message: BaseMessage) -> Iterator[ToolCall]:
@@ -579,8 +613,7 @@ def _block(block: Mapping[Any, Any], role: Role, path: Kind) -> Iterator[tuple[K
 
 
 def _is_mark(key: str, item: str) -> bool:
-    """Whether it is one word that a machine gives; no sentence of a script without spaces is."""
-    return key in _MARKS and _MARK.fullmatch(item) is not None
+    return key in _MARKS and is_mark(item)
 
 
 def _is_cipher(at: Kind, item: str, role: Role) -> bool:
