@@ -85,7 +85,7 @@ _WORDLESS = (type(None), Number, date, time, timedelta, UUID)
 # Beside the text, providers put identifiers, which nobody reads (and in which there are no spaces).
 _LONGEST_NAME = 64
 _MARKS = frozenset({"id", "call_id", "tool_call_id", "type", "index", "status", "mime_type"})
-_MARK = re.compile(r"[!-~]{0,64}")
+_is_word = re.compile(r"[!-~]{0,64}").fullmatch
 _CIPHERTEXT = re.compile(r"[\w+/=-]*", re.ASCII)
 _MEDIA = ("image", "audio", "video", "file", "document", "media")
 # Where providers put the arguments of a call; what has streamed is in the last, and the others are empty.
@@ -182,15 +182,16 @@ def is_plain(message: BaseMessage) -> bool:
         or fields.get("invalid_tool_calls")
         or fields.get("tool_call_chunks")
         or not is_role(fields.get("role", "user"))
-        or not is_mark(fields.get("id"))
-        or not is_mark(fields.get("tool_call_id"))
+        # Asked for at every turn of an agent, and mostly there is none or one.
+        or ((id_ := fields.get("id")) is not None and not is_mark(id_))
+        or ((id_ := fields.get("tool_call_id")) is not None and not is_mark(id_))
         or message.__pydantic_extra__
     )
 
 
 def is_mark(id_: object) -> bool:
     """Whether it is one word that a machine gives; no sentence of a script without spaces is."""
-    return id_ is None or (isinstance(id_, str) and _MARK.fullmatch(id_) is not None)
+    return id_ is None or (isinstance(id_, str) and _is_word(id_) is not None)
 
 
 def as_mark(id_: str | None) -> str | None:

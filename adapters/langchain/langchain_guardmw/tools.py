@@ -167,7 +167,8 @@ class _Guarded(_Tool):
             return []
         pair = self.response_format == "content_and_artifact" and isinstance(response, tuple)
         asked = []
-        for at, value in enumerate(response if pair else (response,)):  # type: ignore[arg-type]
+        values: tuple[object, ...] = response if pair else (response,)  # type: ignore[assignment]
+        for at, value in enumerate(values):
             found = results(value, self.name)
             opaque = any(one.last.media for one in found) and not isinstance(value, ToolMessage | Sequence)
             if opaque:

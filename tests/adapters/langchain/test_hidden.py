@@ -352,7 +352,7 @@ async def test_what_escapes_stand_for_is_judged_in_an_agents_object(by: str, on_
 
 def test_an_error_that_quotes_escapes_spelt_out_is_judged() -> None:
     """It shows what the answer was read into."""
-    responses = [AIMessage('{"y": "\\u0045VIL plan"}')]
+    responses: list[Any] = [AIMessage('{"y": "\\u0045VIL plan"}')]
     middleware = GuardMiddleware(BACKEND, on_block="end")
     agent: Any = create_agent(
         Counted(responses=responses), [], middleware=[middleware], response_format=ProviderStrategy(Answer)
@@ -399,8 +399,8 @@ def with_ids(said: str) -> list[Any]:
         ToolMessage("fine", tool_call_id=said),
         AIMessage("", tool_calls=[{**CALL, "id": said}]),
         AIMessage("", invalid_tool_calls=[{"name": "note", "args": "{", "id": said, "error": ""}]),
-        AIMessageChunk("hi", id=said),
-        AIMessageChunk("", tool_call_chunks=[{"name": "note", "args": "{}", "id": said, "index": 0}]),
+        AIMessageChunk(content="hi", id=said),
+        AIMessageChunk(content="", tool_call_chunks=[{"name": "note", "args": "{}", "id": said, "index": 0}]),
     ]
 
 
@@ -437,7 +437,7 @@ def test_an_agents_model_reads_no_id_that_is_withheld(on_block: Any) -> None:
 
     history = [
         HumanMessage("hi", id=SENTENCE),
-        AIMessage("", tool_calls=[{**CALL, "id": SENTENCE}]),  # type: ignore[list-item]
+        AIMessage("", tool_calls=[{**CALL, "id": SENTENCE}]),
         ToolMessage("fine", tool_call_id=SENTENCE),
         HumanMessage("and now?"),
     ]
