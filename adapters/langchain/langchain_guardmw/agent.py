@@ -136,6 +136,8 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
             response, failed = ModelResponse(result=[error.ai_message]), error
         for at, answer in asking.strays(response):
             asking.screened(response, at, guard.screen_many(self._gate.asked(answer, asking.context())))
+        if made := asking.made(response, failed):
+            asking.refuse_made(response, guard.screen_many(made))
         return asking.answered(response, failed)
 
     @unhooked
@@ -155,6 +157,8 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
             response, failed = ModelResponse(result=[error.ai_message]), error
         for at, answer in asking.strays(response):
             asking.screened(response, at, await guard.ascreen_many(self._gate.asked(answer, asking.context())))
+        if made := asking.made(response, failed):
+            asking.refuse_made(response, await guard.ascreen_many(made))
         return asking.answered(response, failed)
 
     def _asking(self, request: Request, guard: Guard) -> Asking:

@@ -10,17 +10,17 @@ from uuid import uuid4
 
 from langchain.agents.middleware import ModelResponse
 from langchain.agents.middleware.types import ExtendedModelResponse
-from langchain_core.messages import AIMessage, BaseMessage, message_chunk_to_message
+from langchain_core.messages import AIMessage, BaseMessage, ToolMessage, message_chunk_to_message
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command
 
 from guardmw import Blocked
 from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
-from langchain_guardmw.gate import Around, Gate
+from langchain_guardmw.gate import Around, Gate, quoted
 from langchain_guardmw.model import as_chunk, stand_in
 from langchain_guardmw.outcome import log, refusal, strictest
-from langchain_guardmw.parts import is_role, within
+from langchain_guardmw.parts import as_mark, is_mark, is_role, unsaid, within
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator
@@ -268,8 +268,13 @@ class Asking:
         put(asked, "model", stand_in(self._request.model, self._around))
         if self._instead:
             messages = self._request.messages
-            put(asked, "messages", [self._instead.get(at, message) for at, message in enumerate(messages)])
+            put(asked, "messages", [self._seen(at, message) for at, message in enumerate(messages)])
         return asked
+
+    def _seen(self, at: int, message: BaseMessage) -> BaseMessage:
+        told = self._instead.get(at, message)
+        # The state knows it by that, whatever it says.
+        return told if told is message or is_mark(told.id) else told.model_copy(update={"id": None})
 
     def context(self) -> tuple[Turn, ...]:
         """What an answer is judged in the light of."""
@@ -294,6 +299,32 @@ class Asking:
             stray: Any = response.result[at]
             response.result[at] = self._gate.withheld(stray, verdict)
             self._around.kept.append(stray)
+
+    def made(self, response: Response, error: StructuredOutputError | None) -> list[Conversation]:
+        """What is to be judged of the object that was made of an answer, or of the error that quotes it.
+
+        Nothing where it is that of a call, where it says no more than the answer did, or where a person has decided.
+        """
+        value = quoted(error) if error else response.structured_response
+        answers = [message for message in response.result if isinstance(message, AIMessage)]
+        if value is None or self._said or any(map(refuses, answers)):
+            return []
+        answered = {message.tool_call_id for message in response.result if isinstance(message, ToolMessage)}
+        if any(call["id"] in answered for message in answers for call in message.tool_calls):
+            return []
+        said = (part.turn.text for message in answers for part in self._history.read(message).parts)
+        return [within(self.context(), part.conversation) for part in unsaid(value, said)]
+
+    def refuse_made(self, response: Response, verdicts: list[Verdict]) -> None:
+        """The verdicts on what was made of an answer.
+
+        Raises:
+            Blocked: it is withheld, and the middleware is to raise.
+        """
+        at = next((at for at, message in enumerate(response.result) if isinstance(message, AIMessage)), None)
+        if at is None:
+            response.result[:0] = [AIMessage("")]
+        self.screened(response, at or 0, verdicts)
 
     def answered(self, response: Response, error: StructuredOutputError | None) -> Response | Extended:
         """The answer as the agent gets it, and what changes in its state.
@@ -396,10 +427,12 @@ def instead(message: BaseMessage, tools: Collection[str] = (), text: str = WITHH
                 "type": "tool_call",
                 "name": call["name"] if call["name"] in tools else "tool",
                 "args": {},
-                "id": call["id"],
+                "id": as_mark(call["id"]),
             }
             for call in given["tool_calls"]
         ]
+    if not is_mark(given.get("tool_call_id")):
+        emptied["tool_call_id"] = as_mark(given["tool_call_id"])
     copy = message.model_copy(update=emptied)
     if copy.model_extra:
         copy.model_extra.clear()

@@ -11,7 +11,7 @@ from weakref import ref
 
 from guardmw.running import Running
 from langchain_guardmw.outcome import strictest
-from langchain_guardmw.parts import CONTEXT_TURNS, is_plain, spoken, within
+from langchain_guardmw.parts import CONTEXT_TURNS, is_mark, is_plain, spoken, within
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -30,7 +30,7 @@ Key = tuple[bytes, ...]
 _HELD = attrgetter("__dict__", "__pydantic_extra__")
 # All of a message that is judged.
 _JUDGED = ("additional_kwargs", "artifact", "content", "invalid_tool_calls", "tool_call_chunks", "tool_calls")
-# What nobody judges, and a model puts on its answer when that has been judged.
+# What nobody judges (of ids those that are marks), and a model puts on its answer when that has been judged.
 _BESIDE = {"id": None, "response_metadata": None, "usage_metadata": None}
 
 
@@ -294,7 +294,7 @@ def _fields(message: BaseMessage) -> dict[str, Any]:
     fields = message.__dict__
     if is_plain(message):
         return {"content": fields["content"], "name": fields["name"], "role": fields.get("role")}
-    return {**fields, **_BESIDE}
+    return {**fields, **_BESIDE} if is_mark(fields.get("id")) else {**fields, **_BESIDE, "id": fields["id"]}
 
 
 def _kept(message: BaseMessage) -> dict[str, Any] | None:

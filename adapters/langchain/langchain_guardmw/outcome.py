@@ -9,6 +9,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGeneration, ChatResult
 
 from guardmw import Blocked
+from langchain_guardmw.parts import as_mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,9 +56,11 @@ def refusal(value: object, verdict: Verdict, *, text: str = REFUSAL) -> Any:  # 
     # The verdict quotes nothing of what was screened.
     metadata = {"finish_reason": "content_filter", "guardmw": verdict.to_dict()}
     if isinstance(value, AIMessageChunk):
-        return AIMessageChunk(content=text, id=value.id, response_metadata=metadata, chunk_position="last")
+        return AIMessageChunk(content=text, id=as_mark(value.id), response_metadata=metadata, chunk_position="last")
     if isinstance(value, AIMessage):
-        return AIMessage(content=text, id=value.id, response_metadata=metadata, usage_metadata=value.usage_metadata)
+        return AIMessage(
+            content=text, id=as_mark(value.id), response_metadata=metadata, usage_metadata=value.usage_metadata
+        )
     if isinstance(value, str):
         return text
     if isinstance(value, ChatGeneration):

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import date, time, timedelta
 from enum import Enum
+from hashlib import blake2b
 from numbers import Number
 from operator import is_
 from pathlib import PurePath
@@ -84,7 +85,7 @@ _WORDLESS = (type(None), Number, date, time, timedelta, UUID)
 # Beside the text, providers put identifiers, which nobody reads (and in which there are no spaces).
 _LONGEST_NAME = 64
 _MARKS = frozenset({"id", "call_id", "tool_call_id", "type", "index", "status", "mime_type"})
-_MARK = re.compile(r"[!-~]{0,64}")
+_is_word = re.compile(r"[!-~]{0,64}").fullmatch
 _CIPHERTEXT = re.compile(r"[\w+/=-]*", re.ASCII)
 _MEDIA = ("image", "audio", "video", "file", "document", "media")
 # Where providers put the arguments of a call; what has streamed is in the last, and the others are empty.
@@ -158,6 +159,18 @@ def spoken(message: BaseMessage) -> tuple[list[Part], Turn]:
     return found, _turn(message, found)
 
 
+def unsaid(value: object, said: Iterable[str]) -> list[Part]:
+    """What an object that was made of an answer says beyond these texts of it: what JSON escapes stand for."""
+    texts = [text for text in said if text]
+    # What nobody can read in it is some of those texts, unless they are not all that they seem.
+    seen = bool(texts) and not any("\\" in text for text in texts)
+    return [
+        part
+        for part in parts(value, "output")
+        if not (any(part.turn.text in text for text in texts) if part.turn.text else seen)
+    ]
+
+
 def is_plain(message: BaseMessage) -> bool:
     """Whether it says nothing but one text, in its name and its role."""
     fields = message.__dict__
@@ -169,8 +182,23 @@ def is_plain(message: BaseMessage) -> bool:
         or fields.get("invalid_tool_calls")
         or fields.get("tool_call_chunks")
         or not is_role(fields.get("role", "user"))
+        # Asked for at every turn of an agent, and mostly there is none or one.
+        or ((id_ := fields.get("id")) is not None and not is_mark(id_))
+        or ((id_ := fields.get("tool_call_id")) is not None and not is_mark(id_))
         or message.__pydantic_extra__
     )
+
+
+def is_mark(id_: object) -> bool:
+    """Whether it is one word that a machine gives; no sentence of a script without spaces is."""
+    return id_ is None or (isinstance(id_, str) and _is_word(id_) is not None)
+
+
+def as_mark(id_: str | None) -> str | None:
+    """An id that may stand in the place of this one: itself where it is a mark, else always the same other."""
+    if id_ is None or is_mark(id_):
+        return id_
+    return blake2b(id_.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def is_role(word: object) -> bool:
@@ -265,12 +293,19 @@ def _opened(value: object) -> object:
     if isinstance(value, ChatResult):
         return value.generations
     if isinstance(value, BaseModel):
-        return dict(value)
+        computed = {name: getattr(value, name) for name in type(value).model_computed_fields}
+        return {**dict(value), **computed, **_own_words(value)}
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        return {field.name: getattr(value, field.name) for field in fields(value)} | _own_words(value)
     if isinstance(value, Enum):
         return value.value
     return str(value) if isinstance(value, PurePath) else value
+
+
+def _own_words(value: object) -> dict[str, str]:
+    """What a prompt would say of an object whose class has made that up itself."""
+    own = type(value).__str__ not in (BaseModel.__str__, object.__str__)
+    return {"__str__": str(value)} if own else {}
 
 
 def _text(text: str, path: Channel, stage: Stage | None, *, delta: bool) -> Part:
@@ -306,6 +341,8 @@ def _mapping(value: Mapping[Any, Any], path: Channel, stage: Stage | None, *, de
     if keys:
         yield from _walk("\n".join(keys), (*path, Beside.KEYS), stage)
     for key, item in value.items():
+        if not isinstance(key, str):
+            yield from _walk(key, (*path, Beside.KEYS, key), stage)
         yield from _walk(item, (*path, key), stage, delta=delta)
 
 
@@ -342,9 +379,15 @@ def _as_message(value: object) -> BaseMessage | None:
     if not isinstance(role, str) or role not in _ROLES:
         return None
     try:
-        return convert_to_messages([value])[0]  # type: ignore[list-item] # what it is not, it raises for
+        message = convert_to_messages([value])[0]  # type: ignore[list-item] # what it is not, it raises for
     except Exception:  # noqa: BLE001 - it looked like a message, and is walked as what it is
         return None
+    if isinstance(value, dict) and value.get("response_metadata"):
+        # Of a message it is its provider's, of a dict whoever wrote that; the message is ours.
+        noted = _strings(value["response_metadata"], _role(message))
+        words = [text for _, text in noted if text]
+        message.additional_kwargs["response_metadata"] = "\n".join(words)
+    return message
 
 
 def _messages(messages: Sequence[BaseMessage], path: Channel) -> Iterator[Part]:
@@ -418,7 +461,7 @@ def _said(message: BaseMessage, calls: Sequence[ToolCall]) -> Iterator[tuple[Kin
         # An answer in sound comes as {"audio": {"data": …, "transcript": …}}.
         key: {"type": key, **value} if key in _MEDIA and isinstance(value, Mapping) else value
         for key, value in message.additional_kwargs.items()
-        if key != "function_call"
+        if key != "function_call" or not isinstance(value, Mapping)
     }
     content: object = message.content
     if calls:
@@ -430,6 +473,19 @@ def _said(message: BaseMessage, calls: Sequence[ToolCall]) -> Iterator[tuple[Kin
         yield ("name",), message.name
     if not is_role(title := message.__dict__.get("role", "user")):
         yield ("role",), str(title)
+    ids = dict.fromkeys(str(id_) for id_ in _ids(message) if not is_mark(id_))
+    if ids:
+        yield ("id",), "\n".join(ids)
+
+
+def _ids(message: BaseMessage) -> Iterator[object]:
+    """Its own, that of the call that it answers, and those of its calls."""
+    fields = message.__dict__
+    yield fields.get("id")
+    yield fields.get("tool_call_id")
+    for calls in ("tool_calls", "invalid_tool_calls", "tool_call_chunks"):
+        for call in fields.get(calls) or ():
+            yield call.get("id")
 
 
 def _calls(message: BaseMessage) -> Iterator[ToolCall]:
@@ -549,6 +605,8 @@ def _block(block: Mapping[Any, Any], role: Role, path: Kind) -> Iterator[tuple[K
             yield path, None
             block = {key: block[key] for key in ("text", "transcript") if key in block}
     for key, item in block.items():
+        if not isinstance(key, str):
+            yield from _strings(key, role, (*path, "keys"))
         at = (*path, str(key))
         own = role == "tool" and nested
         if not (isinstance(item, str) and (_is_cipher(at, item, role) or (not own and _is_mark(at[-1], item)))):
@@ -556,8 +614,7 @@ def _block(block: Mapping[Any, Any], role: Role, path: Kind) -> Iterator[tuple[K
 
 
 def _is_mark(key: str, item: str) -> bool:
-    """Whether it is one word that a machine gives; no sentence of a script without spaces is."""
-    return key in _MARKS and _MARK.fullmatch(item) is not None
+    return key in _MARKS and is_mark(item)
 
 
 def _is_cipher(at: Kind, item: str, role: Role) -> bool:

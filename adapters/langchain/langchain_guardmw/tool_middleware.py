@@ -21,7 +21,7 @@ from langchain_guardmw.gate import Gate, as_guard
 from langchain_guardmw.history import Reads, held
 from langchain_guardmw.hooks import signed, unhooked
 from langchain_guardmw.outcome import refusal, strictest
-from langchain_guardmw.parts import CONTEXT_TURNS, parts, spoken, within
+from langchain_guardmw.parts import CONTEXT_TURNS, parts, spoken, unsaid, within
 from langchain_guardmw.tools import RESULT_WITHHELD, call_of, is_control_flow, refused, results
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from langgraph.types import Command
 
     from guardmw import Backend, Guard, Verdict
+    from langchain_guardmw.parts import Part
 
     Result = ToolMessage | Command[Any]
     Route = Generator["ToolCallRequest | list[Conversation]", Any, Result]
@@ -476,15 +477,17 @@ def _structured(request: ModelRequest[Any], response: ModelResponse[Any]) -> lis
     context = tuple(spoken(one)[1] for one in request.messages[-CONTEXT_TURNS:])
     answered = {message.tool_call_id for message in response.result if isinstance(message, ToolMessage)}
     asked = []
+    said: list[Part] = []
+    called = False
     for message in response.result:
         if not isinstance(message, AIMessage):
             continue
         calls = [call for call in message.tool_calls if call["id"] in answered]
         asked += [Conversation((*context, call_of(call["name"], call["args"], call["id"]))) for call in calls]
-        if not calls:
-            asked += [within(context, part.conversation) for part in parts(message)]
-    found = parts(response.structured_response, "output") if not asked else ()
-    return asked + [within(context, part.conversation) for part in found]
+        said += parts(message) if not calls else []
+        called = called or bool(calls)
+    made = [] if called else unsaid(response.structured_response, (part.turn.text for part in said))
+    return asked + [within(context, part.conversation) for part in (*said, *made)]
 
 
 def _refusals(messages: Sequence[BaseMessage], names: set[str | None]) -> int:

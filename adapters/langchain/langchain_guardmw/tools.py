@@ -10,6 +10,7 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from langchain_core.messages import ToolMessage
+from langchain_core.messages.tool import ToolOutputMixin
 from langchain_core.tools import BaseTool
 
 from guardmw import Blocked, Conversation, ToolCall, Turn
@@ -166,12 +167,15 @@ class _Guarded(_Tool):
             return []
         pair = self.response_format == "content_and_artifact" and isinstance(response, tuple)
         asked = []
-        for value in response if pair else (response,):  # type: ignore[attr-defined]
+        values: tuple[object, ...] = response if pair else (response,)  # type: ignore[assignment]
+        for at, value in enumerate(values):
             found = results(value, self.name)
-            if any(one.last.media for one in found) and not isinstance(value, ToolMessage | Sequence):
-                # Of an object that nobody can read, a model gets to read this.
-                found = [one for one in found if not one.last.media] + results(str(value), self.name)
-            asked += found
+            opaque = any(one.last.media for one in found) and not isinstance(value, ToolMessage | Sequence)
+            if opaque:
+                found = [one for one in found if not one.last.media]
+            # What a model gets to read of an object; an artifact it does not.
+            words = str(value) if opaque else "" if at else _as_text(value)
+            asked += found + (results(words, self.name) if words else [])
         return asked
 
     def _told(self, blocked: Blocked, id_: str | None) -> ToolMessage:
@@ -228,10 +232,23 @@ def _guarded(kind: type[BaseTool]) -> type[Any]:
 def _is_plain(value: object) -> bool:
     """Whether a model could have written it."""
     if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     if isinstance(value, list):
         return all(map(_is_plain, value))
     return isinstance(value, str | int | float | None)
+
+
+def _as_text(value: object) -> str:
+    """What langchain-core makes of a result that is neither a message nor JSON; nothing where it makes no text."""
+    outputs = value if isinstance(value, list) and value else [value]
+    # What has an exception say more is judged with it.
+    if isinstance(value, Exception) or all(isinstance(one, ToolOutputMixin) for one in outputs):
+        return ""
+    try:
+        return "" if _is_plain(value) else str(value)
+    except RecursionError:
+        # It is nothing that could be read, either, and that has been said.
+        return ""
 
 
 def _named(conversation: Conversation, name: str) -> Conversation:

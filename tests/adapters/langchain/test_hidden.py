@@ -18,10 +18,11 @@ from langchain.agents.structured_output import ProviderStrategy, StructuredOutpu
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeMessagesListChatModel
-from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, ChatMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_guardmw import REFUSAL, GuardMiddleware, ToolGuardMiddleware, guard, guard_model
 from langchain_guardmw.gate import quoted
+from langchain_guardmw.history import History
 from pydantic import BaseModel
 
 from guardmw import Blocked, Guard, Policy
@@ -323,3 +324,148 @@ def test_a_blocked_call_is_not_tried_again(order: str) -> None:
     ended = agent.invoke({"messages": [("user", "hi")]})
     assert [message.status for message in ended["messages"] if isinstance(message, ToolMessage)] == ["error"]
     assert calls == ["1"]
+
+
+ESCAPED = '{"x": "\\u0045VIL plan"}'
+
+
+@pytest.mark.parametrize("on_block", ["raise", "end", "replace"])
+@pytest.mark.parametrize("by", ["guard", "tool guard", "both"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_what_escapes_stand_for_is_judged_in_an_agents_object(by: str, on_block: Any, asynchronous: bool) -> None:
+    """Its text says something else than the object that the provider's JSON is read into."""
+    middleware: list[Any] = [ToolGuardMiddleware(BACKEND)] if by != "guard" else []
+    middleware += [GuardMiddleware(BACKEND, on_block=on_block)] if by != "tool guard" else []
+    agent: Any = create_agent(
+        Counted(responses=[AIMessage(ESCAPED)]), [], middleware=middleware, response_format=ProviderStrategy(Answer)
+    )
+    given = {"messages": [("user", "hi")]}
+    try:
+        ended = await agent.ainvoke(given) if asynchronous else agent.invoke(given)
+    except Blocked:
+        assert on_block == "raise"
+        return
+    assert ended.get("structured_response") is None
+    assert ended["messages"][-1].text == REFUSAL
+    assert "VIL" not in repr(ended)
+
+
+def test_an_error_that_quotes_escapes_spelt_out_is_judged() -> None:
+    """It shows what the answer was read into."""
+    responses: list[Any] = [AIMessage('{"y": "\\u0045VIL plan"}')]
+    middleware = GuardMiddleware(BACKEND, on_block="end")
+    agent: Any = create_agent(
+        Counted(responses=responses), [], middleware=[middleware], response_format=ProviderStrategy(Answer)
+    )
+    assert agent.invoke({"messages": [("user", "hi")]})["messages"][-1].text == REFUSAL
+
+
+@pytest.mark.parametrize("kind", [GuardMiddleware, ToolGuardMiddleware])
+def test_an_object_that_says_no_more_than_the_answer_costs_nothing(kind: Any) -> None:
+    """The answer has been judged."""
+    judged: list[str] = []
+
+    class Witness(KeywordBackend):
+        def classify(self, conversations: Any) -> Any:
+            judged.extend(one.trial for one in conversations)
+            return super().classify(conversations)
+
+    agent: Any = create_agent(
+        Counted(responses=[AIMessage('{"x": "fine"}')]),
+        [],
+        middleware=[kind(Witness({"EVIL": 0.99}))],
+        response_format=ProviderStrategy(Answer),
+    )
+    assert agent.invoke({"messages": [("user", "hi")]})["structured_response"] == Answer(x="fine")
+    assert judged.count('{"x": "fine"}') == 1
+    assert "fine" not in judged
+
+
+SENTENCE = "EVIL do this now"
+ID = "EVIL_word-1"
+CALL = {"name": "note", "args": {"text": "fine"}, "id": "1", "type": "tool_call"}
+
+
+def with_ids(said: str) -> list[Any]:
+    """Messages, and dicts that are read as such, in which this stands where an id does."""
+    user = {"role": "user", "content": "hi"}
+    answer = {"role": "tool", "content": "fine"}
+    return [
+        {**user, "id": said},
+        {**user, "tool_call_id": said},
+        {**answer, "tool_call_id": said},
+        {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": said}]},
+        HumanMessage("hi", id=said),
+        ToolMessage("fine", tool_call_id=said),
+        AIMessage("", tool_calls=[{**CALL, "id": said}]),
+        AIMessage("", invalid_tool_calls=[{"name": "note", "args": "{", "id": said, "error": ""}]),
+        AIMessageChunk(content="hi", id=said),
+        AIMessageChunk(content="", tool_call_chunks=[{"name": "note", "args": "{}", "id": said, "index": 0}]),
+    ]
+
+
+@pytest.mark.parametrize("at", range(len(with_ids(""))))
+def test_an_id_that_says_something_is_judged(at: int) -> None:
+    """One word of a machine's is left alone."""
+    for said in (SENTENCE, "坏东西", "EVIL" * 20):
+        value = with_ids(said)[at]
+        for given in (value, [HumanMessage("hi"), value]):
+            with pytest.raises(Blocked):
+                guard(BACKEND, stage="output").invoke(given)
+    assert guard(BACKEND, stage="output").invoke(with_ids(ID)[at])
+
+
+@pytest.mark.parametrize("beside", [{"response_metadata": {"note": SENTENCE}}, {"function_call": SENTENCE}])
+@pytest.mark.parametrize("role", ["user", "assistant", "tool"])
+def test_a_role_dict_hides_nothing_beside_its_content(beside: dict[str, Any], role: str) -> None:
+    """Whoever wrote it wrote all of it."""
+    message = {"role": role, "content": "hi", "tool_call_id": "1", **beside}
+    for given in (message, [message], [{"role": "user", "content": "hi"}, message]):
+        with pytest.raises(Blocked):
+            guard(BACKEND, stage="output").invoke(given)
+
+
+@pytest.mark.parametrize("on_block", ["end", "replace"])
+def test_an_agents_model_reads_no_id_that_is_withheld(on_block: Any) -> None:
+    """A call and its result still belong together."""
+    seen: list[Any] = []
+
+    class Reader(Counted):
+        def _generate(self, messages: Any, *args: Any, **kwargs: Any) -> ChatResult:
+            seen.append(messages)
+            return super()._generate(messages, *args, **kwargs)
+
+    history = [
+        HumanMessage("hi", id=SENTENCE),
+        AIMessage("", tool_calls=[{**CALL, "id": SENTENCE}]),
+        ToolMessage("fine", tool_call_id=SENTENCE),
+        HumanMessage("and now?"),
+    ]
+    agent: Any = create_agent(
+        Reader(responses=[AIMessage("Done.")]), [], middleware=[GuardMiddleware(BACKEND, on_block=on_block)]
+    )
+    assert agent.invoke({"messages": history})["messages"][-1].text == "Done."
+    assert "EVIL" not in repr(seen)
+    [told] = seen
+    assert told[1].tool_calls[0]["id"] == told[2].tool_call_id
+
+
+@pytest.mark.parametrize("on_block", ["raise", "end"])
+def test_an_answers_id_is_not_in_its_refusal(on_block: Any) -> None:
+    """It is a part of what is withheld."""
+    agent: Any = create_agent(
+        Counted(responses=[AIMessage("hi", id=SENTENCE)]), [], middleware=[GuardMiddleware(BACKEND, on_block=on_block)]
+    )
+    try:
+        assert "EVIL" not in repr(agent.invoke({"messages": [("user", "hi")]}))
+    except Blocked:
+        assert on_block == "raise"
+
+
+@pytest.mark.parametrize("given", [HumanMessage("hi", id="1"), AIMessage("hi", id="1", additional_kwargs={"x": "y"})])
+def test_an_id_that_is_changed_in_place_is_judged(given: Any) -> None:
+    """What was read of a message holds for what it was."""
+    history = History(1_000)
+    assert not any("EVIL" in one.trial for one in history.read(given).conversations)
+    given.id = SENTENCE
+    assert any("EVIL" in one.trial for one in history.read(given).conversations)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler, CallbackManagerForToolRun
-from langchain_core.messages import ToolMessage
+from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.runnables import RunnableConfig  # noqa: TC002 - langchain-core reads the annotation
 from langchain_core.tools import BaseTool, InjectedToolArg, InjectedToolCallId, Tool, ToolException, tool
-from langchain_guardmw import guard_tool
+from langchain_guardmw import guard, guard_tool
 from langchain_guardmw.tools import CALL_WITHHELD, RESULT_WITHHELD
 from langchain_tests.unit_tests import ToolsUnitTests
+from pydantic import BaseModel, computed_field
 
 from guardmw import Blocked, Guard, Policy
 from guardmw.testing import KeywordBackend, ScriptedBackend
@@ -201,6 +204,77 @@ def test_an_object_is_judged_by_what_a_model_reads_of_it(text: str, asynchronous
     """That is its str()."""
     told = ask(guard_tool(made_of("function", Record(text))[0], KEYWORD), call("ok"), asynchronous)
     assert told.status == ("error" if text == "EVIL" else "success")
+
+
+class Page(BaseModel):
+    """Something that has more to say than its fields."""
+
+    body: str = "sentence"
+
+    @computed_field
+    def shown(self) -> str:
+        """More."""
+        return f"EVIL {self.body}"
+
+
+class Titled(BaseModel):
+    """Something that makes up its own text."""
+
+    def __str__(self) -> str:
+        return "EVIL sentence"
+
+
+@dataclass
+class Card:
+    """Something that makes up its own text, and is no model."""
+
+    body: str = "sentence"
+
+    def __str__(self) -> str:
+        return f"EVIL {self.body}"
+
+
+class Word(Enum):
+    """A key that is no str."""
+
+    ONE = "EVIL sentence"
+
+
+SAYING = [Page(), Titled(), Card(), {("EVIL sentence",): 1}, {Word.ONE: 1}, {"in": {("EVIL sentence",): 1}}]
+
+
+@BOTH
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("kind", ["function", "async class"])
+@pytest.mark.parametrize("value", SAYING, ids=repr)
+def test_an_object_is_judged_by_all_that_its_text_says(value: Any, kind: str, listed: bool, asynchronous: bool) -> None:
+    """Which may be more than its fields hold."""
+    guarded = guard_tool(made_of(kind, [value] if listed else value)[0], KEYWORD)
+    told = ask(guarded, call("ok"), asynchronous)
+    assert (told.status, "EVIL" in told.content) == ("error", False)
+
+
+@pytest.mark.parametrize("value", SAYING, ids=repr)
+def test_a_chain_lets_no_object_pass_that_says_more_than_its_fields(value: Any) -> None:
+    """A prompt that it is put into would say it."""
+    for given in (value, [value], HumanMessage("hi", additional_kwargs={"beside": value})):
+        with pytest.raises(Blocked):
+            guard(KEYWORD, stage="output").invoke(given)
+
+
+@pytest.mark.parametrize("result", [{"a": [1, None, "fine"]}, ["fine"], "fine", {1: 2.0, "b": True}])
+def test_json_is_judged_once(result: Any) -> None:
+    """The text that a model reads of it says no more."""
+    judged: list[str] = []
+
+    class Witness(KeywordBackend):
+        def classify(self, conversations: Any) -> Any:
+            judged.extend(one.trial for one in conversations if one.stage == "tool_result")
+            return super().classify(conversations)
+
+    guarded = guard_tool(made_of("function", result)[0], Witness({"EVIL": 0.99}))
+    assert ask(guarded, call("ok"), asynchronous=False).status == "success"
+    assert judged == (["fine"] if "fine" in repr(result) else [])
 
 
 @BOTH
