@@ -181,6 +181,11 @@ class History(Reads):
         """The turns in whose light is judged what follows these messages."""
         return tuple(self.read(message).turn for message in messages[-CONTEXT_TURNS:])
 
+    def approval(self, messages: Sequence[BaseMessage], at: int) -> str:
+        """What a person approves who approves one of these messages."""
+        context = messages[max(at - CONTEXT_TURNS, 0) : at + 1]
+        return _approval(tuple(self.read(message).digest for message in context))
+
     def let_out(self, message: BaseMessage) -> None:
         """Note that this very message was judged on its way out of a model."""
         read = self.read(message)
@@ -253,12 +258,6 @@ class Trial:
         """Note that what follows the conversation has been judged."""
         before = (read.digest for read in self._said.recent)
         self._history.remember((*before, self._history.read(answer).digest), None)
-
-    def key(self, at: int) -> str:
-        """What a person approves who approves the last message, or one that is withheld."""
-        if at == self._said.length - 1:
-            return _approval(self._said.key)
-        return next(_approval(case.key) for case in self._said.cases if case.at == at)
 
     def context(self) -> tuple[Turn, ...]:
         """The turns before what follows."""

@@ -253,7 +253,8 @@ RUNS: dict[str, Run] = {
     "aevents v3": aevents_v3,
 }
 EVERY_RUN = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-BOTH = pytest.mark.parametrize("run", [invoke, ainvoke])
+ASKED = (invoke, ainvoke)
+BOTH = pytest.mark.parametrize("run", ASKED)
 MODES = pytest.mark.parametrize("on_block", ["raise", "end", "replace", "review"])
 
 
@@ -785,6 +786,65 @@ def test_a_person_decides_on_a_question(run: Run, decision: Any) -> None:
     else:
         assert texts(agent) == [WITHHELD, REFUSAL]
         assert model._asked == []
+
+
+def elsewhere(agent: Any, model: Fake, backend: Witness) -> Any:
+    """The same agent, as another process makes it."""
+    middleware = GuardMiddleware(backend, on_block="review")
+    return create_agent(model, [note], middleware=[middleware], checkpointer=agent.checkpointer)
+
+
+TWO: Any = {"messages": [HumanMessage("A harmless one."), HumanMessage("An EVIL second.")]}
+RESUMED = pytest.mark.parametrize(("run", "resumed"), [(one, two) for one in ASKED for two in ASKED])
+
+
+@RESUMED
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("decision", ["approve", {"type": "edit", "content": "Bread."}])
+def test_an_answer_is_for_the_message_that_was_shown(run: Run, resumed: Run, moved: bool, decision: Any) -> None:
+    """Whatever a backend that is back says of that one; nobody has seen the other yet."""
+    model, backend = Fake.saying(SAFE), Witness()
+    agent = agent_of(model, GuardMiddleware(backend, on_block="review"))
+    backend.away = True
+    run(agent, TWO, lambda _: None)
+    assert pending(agent)["content"] == "A harmless one."
+    backend.away = False
+    agent = elsewhere(agent, model, Witness()) if moved else agent
+    resumed(agent, Command(resume=decision), lambda _: None)
+    assert (pending(agent)["content"], model._asked) == ("An EVIL second.", [])
+    resumed(agent, Command(resume="approve"), lambda _: None)
+    first = "A harmless one." if decision == "approve" else "Bread."
+    assert texts(agent) == [first, "An EVIL second.", f"{SAFE} "]
+
+
+@BOTH
+@pytest.mark.parametrize("moved", [False, True])
+def test_each_of_two_questions_has_its_answer(run: Run, moved: bool) -> None:
+    """In their order, though there is nothing against the first any more; the second is still refused."""
+    model, backend = Fake.saying(SAFE), Witness()
+    agent = agent_of(model, GuardMiddleware(backend, on_block="review"))
+    backend.away = True
+    run(agent, TWO, lambda _: None)
+    run(agent, Command(resume="approve"), lambda _: None)
+    assert pending(agent)["content"] == "An EVIL second."
+    backend.away = False
+    agent = elsewhere(agent, model, Witness()) if moved else agent
+    run(agent, Command(resume="reject"), lambda _: None)
+    assert model._asked == []
+    assert texts(agent)[-1] == REFUSAL
+
+
+@BOTH
+@pytest.mark.parametrize("answer", [UNSAFE, None], ids=["answer", "question"])
+def test_an_answer_that_names_another_question_is_none(run: Run, answer: str | None) -> None:
+    """It is asked again, and an answer that names it is one."""
+    agent = agent_of(Fake.saying(answer or SAFE), GuardMiddleware(Witness(), on_block="review"))
+    run(agent, said("Hello." if answer else "An EVIL question"), lambda _: None)
+    about = pending(agent)["about"]
+    run(agent, Command(resume={"type": "approve", "about": "another"}), lambda _: None)
+    assert pending(agent)["problem"] == "that was an answer to another question"
+    run(agent, Command(resume={"type": "approve", "about": about}), lambda _: None)
+    assert texts(agent)[-1] == f"{answer or SAFE} "
 
 
 @EVERY_RUN
