@@ -179,7 +179,7 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
     def _history(self, guard: Guard) -> History:
         if self._known is None:
             # Two threads may each make one; what the loser remembers is judged again.
-            self._known = History(guard.policy.max_characters)
+            self._known = History(guard.policy.max_characters, (self.name, guard.policy.fingerprint))
         return self._known
 
 

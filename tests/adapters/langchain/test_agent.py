@@ -847,6 +847,57 @@ def test_an_answer_that_names_another_question_is_none(run: Run, answer: str | N
     assert texts(agent)[-1] == f"{answer or SAFE} "
 
 
+@BOTH
+def test_what_is_approved_to_one_guard_is_not_approved_to_another(run: Run) -> None:
+    """The second has not asked anybody."""
+    model = Fake.saying(SAFE)
+    guards = [
+        GuardMiddleware(Witness(), on_block="review", name="one"),
+        GuardMiddleware(Witness(), on_block="raise", name="two"),
+    ]
+    agent = agent_of(model, *guards)
+    run(agent, said("An EVIL question"), lambda _: None)
+    assert outcome(run, agent, Command(resume="approve")) is not None
+    assert model._asked == []
+
+
+@BOTH
+def test_each_guard_that_reviews_asks(run: Run) -> None:
+    """In turn."""
+    guards = [GuardMiddleware(Witness(), on_block="review", name=name) for name in ("one", "two")]
+    agent = agent_of(Fake.saying(SAFE), *guards)
+    run(agent, said("An EVIL question"), lambda _: None)
+    first = pending(agent)["about"]
+    run(agent, Command(resume="approve"), lambda _: None)
+    assert pending(agent)["about"] != first
+    run(agent, Command(resume="approve"), lambda _: None)
+    assert texts(agent) == ["An EVIL question", f"{SAFE} "]
+
+
+@BOTH
+@pytest.mark.parametrize("waiting", [True, False])
+def test_what_is_approved_under_a_policy_is_not_approved_under_another(run: Run, waiting: bool) -> None:
+    """Neither if the policy changed while the question was open; a person is asked anew."""
+    model = Fake.saying(SAFE, SAFE)
+
+    def agent_under(policy: Policy, saver: InMemorySaver) -> Any:
+        guard = Guard(Witness(), policy=policy)
+        return create_agent(model, middleware=[GuardMiddleware(guard, on_block="review")], checkpointer=saver)
+
+    saver = InMemorySaver()
+    lenient, strict = (agent_under(Policy(threshold=at), saver) for at in (0.9, 0.5))
+    run(lenient, said("An EVIL question"), lambda _: None)
+    if waiting:
+        run(strict, Command(resume="approve"), lambda _: None)
+        assert (pending(strict)["content"], model._asked) == ("An EVIL question", [])
+        run(strict, Command(resume="approve"), lambda _: None)
+        assert texts(strict) == ["An EVIL question", f"{SAFE} "]
+    else:
+        run(lenient, Command(resume="approve"), lambda _: None)
+        run(strict, said("And now?"), lambda _: None)
+        assert texts(strict)[0] == WITHHELD
+
+
 @EVERY_RUN
 @DECISIONS
 def test_a_person_decides_on_an_answer(run: Run, decision: Any) -> None:
