@@ -295,7 +295,8 @@ async def _aasked(doubts: list[Doubt]) -> dict[str, list[Doubt]]:
 
 # A graph runs a node again when a person has answered, perhaps in another process, and hands it the answers by their
 # order alone. What a task of the node gave stays as it was, so that each goes to the question that was put.
-_kept, _akept = task(name="guardmw")(_asked), task(name="guardmw")(_aasked)
+_task: Any = task(name="guardmw")
+_kept, _akept = _task(_asked), _task(_aasked)
 
 
 def _doubts(trial: Trial, history: History, messages: Sequence[BaseMessage]) -> list[Doubt]:
