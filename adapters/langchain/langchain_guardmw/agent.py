@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Self, TypedDict, cast, get_args
+from uuid import uuid4
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, ModelResponse, hook_config
 from langchain.agents.middleware.types import PrivateStateAttr
@@ -20,7 +21,7 @@ from langchain_guardmw.hooks import signed, unhooked
 from langchain_guardmw.outcome import REFUSAL, refusal_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 
     from langchain_core.messages import BaseMessage
     from langgraph.runtime import Runtime
@@ -44,6 +45,20 @@ class Doubt(TypedDict):
     about: str
     failed: bool
     verdict: dict[str, Any]
+
+
+class Step(TypedDict):
+    """What is to stay as it is when a review is run again; streams show it.
+
+    Attributes:
+        guardmw_run: which run of the node it comes from.
+        guardmw_asked: what a person is asked.
+        guardmw_early: an answer was there before that.
+    """
+
+    guardmw_run: str
+    guardmw_asked: NotRequired[list[Doubt]]
+    guardmw_early: NotRequired[bool]
 
 
 class GuardState(AgentState[Any]):
@@ -196,9 +211,9 @@ class Reviewing(GuardMiddleware):
         trial.take(guard.screen_many(trial.asked) if trial.asked else [])
         route = self._decided(state, trial)
         try:
-            doubts = next(route)
+            step = next(route)
             while True:
-                doubts = route.send(_kept(doubts).result()["guardmw_asked"])
+                step = route.send(_kept(step).result())
         except StopIteration as stop:
             return cast("dict[str, Any] | None", stop.value)
 
@@ -210,9 +225,9 @@ class Reviewing(GuardMiddleware):
         trial.take(await guard.ascreen_many(trial.asked) if trial.asked else [])
         route = self._decided(state, trial)
         try:
-            doubts = next(route)
+            step = next(route)
             while True:
-                doubts = route.send((await _akept(doubts))["guardmw_asked"])
+                step = route.send(await _akept(step))
         except StopIteration as stop:
             return cast("dict[str, Any] | None", stop.value)
 
@@ -232,7 +247,7 @@ class Reviewing(GuardMiddleware):
             return {"guardmw_held": None}
         history = self._history(self._gate.ready())
         about = history.approval([*messages[:at], pending.answer], at)
-        decision, text = _ask(pending.answer, about, pending.verdict)
+        decision, text = _decision(next(_answers(pending.answer, about, pending.verdict)))
         if decision == "reject":
             return {"guardmw_held": None} | ({"jump_to": "end"} if pending.structured else {})
         answer = pending.answer
@@ -246,8 +261,9 @@ class Reviewing(GuardMiddleware):
         decided = pending._replace(answer=answer, decided=True)
         return update | {"guardmw_held": decided.packed(), "jump_to": "model"}
 
-    def _decided(self, state: ReviewState, trial: Trial) -> Generator[list[Doubt], list[Doubt], dict[str, Any] | None]:
+    def _decided(self, state: ReviewState, trial: Trial) -> Generator[Step, Step, dict[str, Any] | None]:
         """Yields what a person is asked, and is sent what one was asked when this ran first: that is what they saw."""
+        run = uuid4().hex
         shown: Sequence[BaseMessage] = state["messages"]
         messages = list(shown)
         history = self._history(self._gate.ready())
@@ -256,9 +272,16 @@ class Reviewing(GuardMiddleware):
         approved: list[int] = []
         rejected: list[Doubt] = []
         while doubts := [one for one in open_ if one["at"] not in decided]:
-            for doubt in (yield doubts):
+            asked = yield Step(guardmw_run=run, guardmw_asked=doubts)
+            # An answer that is there before its question was to one of a state that somebody has changed since.
+            early = Step(guardmw_run=run, guardmw_early=asked["guardmw_run"] == run)
+            for doubt in asked["guardmw_asked"]:
                 at = doubt["at"]
-                decision, text = _ask(shown[at], doubt["about"], doubt["verdict"])
+                answers = _answers(shown[at], doubt["about"], doubt["verdict"])
+                given = next(answers)
+                while (yield early)["guardmw_early"]:
+                    given = next(answers)
+                decision, text = _decision(given)
                 if decision == "approve":
                     if doubt["about"] != history.approval(shown, at):
                         # It was another policy that withheld it.
@@ -284,19 +307,18 @@ class Reviewing(GuardMiddleware):
         return (update | {"messages": changed} if changed else update) or None
 
 
-def _asked(doubts: list[Doubt]) -> dict[str, list[Doubt]]:
-    # Streams show it.
-    return {"guardmw_asked": doubts}
+def _same(step: Step) -> Step:
+    return step
 
 
-async def _aasked(doubts: list[Doubt]) -> dict[str, list[Doubt]]:
-    return _asked(doubts)
+async def _asame(step: Step) -> Step:
+    return step
 
 
 # A graph runs a node again when a person has answered, perhaps in another process, and hands it the answers by their
 # order alone. What a task of the node gave stays as it was, so that each goes to the question that was put.
 _task: Any = task(name="guardmw")
-_kept, _akept = _task(_asked), _task(_aasked)
+_kept, _akept = _task(_same), _task(_asame)
 
 
 def _doubts(trial: Trial, history: History, messages: Sequence[BaseMessage]) -> list[Doubt]:
@@ -309,8 +331,8 @@ def _doubts(trial: Trial, history: History, messages: Sequence[BaseMessage]) -> 
     ]
 
 
-def _ask(message: BaseMessage, about: str, verdict: dict[str, Any]) -> tuple[str, str]:
-    """What a person decides on it, with the text of an edit; an answer about something else is none."""
+def _answers(message: BaseMessage, about: str, verdict: dict[str, Any]) -> Iterator[object]:
+    """What a person says to it; to ask again, go on."""
     question = {
         "guardmw": verdict,
         "about": about,
@@ -321,8 +343,9 @@ def _ask(message: BaseMessage, about: str, verdict: dict[str, Any]) -> tuple[str
     }
     while True:
         given = interrupt(question)
+        # One that names another question is for that.
         if not isinstance(given, dict) or given.get("about", about) == about:
-            return _decision(given)
+            yield given
         question = {**question, "problem": "that was an answer to another question"}
 
 

@@ -834,6 +834,20 @@ def test_each_of_two_questions_has_its_answer(run: Run, moved: bool) -> None:
     assert texts(agent)[-1] == REFUSAL
 
 
+@RESUMED
+def test_an_answer_is_not_for_what_was_put_in_the_place_of_the_message(run: Run, resumed: Run) -> None:
+    """It is asked about, and answered, by itself."""
+    model = Fake.saying(SAFE)
+    agent = agent_of(model, GuardMiddleware(Witness(), on_block="review"))
+    run(agent, said("An EVIL question"), lambda _: None)
+    first = agent.get_state(THREAD).values["messages"][0]
+    agent.update_state(THREAD, {"messages": [HumanMessage("Another EVIL one", id=first.id)]})
+    resumed(agent, Command(resume="approve"), lambda _: None)
+    assert (pending(agent)["content"], model._asked) == ("Another EVIL one", [])
+    resumed(agent, Command(resume="reject"), lambda _: None)
+    assert (texts(agent), model._asked) == ([WITHHELD, REFUSAL], [])
+
+
 @BOTH
 @pytest.mark.parametrize("answer", [UNSAFE, None], ids=["answer", "question"])
 def test_an_answer_that_names_another_question_is_none(run: Run, answer: str | None) -> None:
