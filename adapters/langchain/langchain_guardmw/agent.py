@@ -4,30 +4,61 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Self, TypedDict, cast, get_args
+from uuid import uuid4
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, ModelResponse, hook_config
 from langchain.agents.middleware.types import PrivateStateAttr
 from langchain.agents.structured_output import StructuredOutputError
 from langchain_core.messages import AIMessage
+from langgraph.func import task
 from langgraph.types import interrupt
 
 from langchain_guardmw.asking import ENDED, Asking, OnBlock, Pending, instead
 from langchain_guardmw.gate import Gate, as_guard
 from langchain_guardmw.history import History
 from langchain_guardmw.hooks import signed, unhooked
-from langchain_guardmw.outcome import refusal
+from langchain_guardmw.outcome import REFUSAL, refusal_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 
     from langchain_core.messages import BaseMessage
     from langgraph.runtime import Runtime
 
-    from guardmw import Backend, Guard, Verdict
+    from guardmw import Backend, Guard
     from langchain_guardmw.asking import Extended, Request, Response
     from langchain_guardmw.held import Mode
     from langchain_guardmw.history import Trial
+
+
+class Doubt(TypedDict):
+    """A message on which a person is to decide.
+
+    Attributes:
+        about: what is approved: this message, in its context, to this guard.
+        failed: nothing but a backend's failure withholds it.
+        verdict: as ``to_dict`` tells it.
+    """
+
+    at: int
+    about: str
+    failed: bool
+    verdict: dict[str, Any]
+
+
+class Step(TypedDict):
+    """What is to stay as it is when a review is run again; streams show it.
+
+    Attributes:
+        guardmw_run: which run of the node it comes from.
+        guardmw_asked: what a person is asked.
+        guardmw_early: an answer was there before that.
+    """
+
+    guardmw_run: str
+    guardmw_asked: NotRequired[list[Doubt]]
+    guardmw_early: NotRequired[bool]
 
 
 class GuardState(AgentState[Any]):
@@ -167,7 +198,7 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
     def _history(self, guard: Guard) -> History:
         if self._known is None:
             # Two threads may each make one; what the loser remembers is judged again.
-            self._known = History(guard.policy.max_characters)
+            self._known = History(guard.policy.max_characters, (self.name, guard.policy.fingerprint))
         return self._known
 
 
@@ -182,7 +213,13 @@ class Reviewing(GuardMiddleware):
         guard = self._gate.ready()
         trial = self._history(guard).trial(state["messages"], state.get("guardmw_approved", ()))
         trial.take(guard.screen_many(trial.asked) if trial.asked else [])
-        return self._decided(state, trial)
+        route = self._decided(state, trial)
+        try:
+            step = next(route)
+            while True:
+                step = route.send(_kept(step).result())
+        except StopIteration as stop:
+            return cast("dict[str, Any] | None", stop.value)
 
     @hook_config(can_jump_to=["end"])
     async def abefore_model(self, state: ReviewState, runtime: Runtime[Any]) -> dict[str, Any] | None:  # noqa: ARG002
@@ -190,7 +227,13 @@ class Reviewing(GuardMiddleware):
         guard = await self._gate.aready()
         trial = self._history(guard).trial(state["messages"], state.get("guardmw_approved", ()))
         trial.take(await guard.ascreen_many(trial.asked) if trial.asked else [])
-        return self._decided(state, trial)
+        route = self._decided(state, trial)
+        try:
+            step = next(route)
+            while True:
+                step = route.send(await _akept(step))
+        except StopIteration as stop:
+            return cast("dict[str, Any] | None", stop.value)
 
     @hook_config(can_jump_to=["end", "model"])
     def after_model(self, state: ReviewState, runtime: Runtime[Any]) -> dict[str, Any] | None:  # noqa: ARG002
@@ -206,55 +249,108 @@ class Reviewing(GuardMiddleware):
         if at is None:
             # Somebody took the refusal out, and there is no place for an answer.
             return {"guardmw_held": None}
-        decision, text = _decision(interrupt(_question(pending.answer, pending.verdict)))
+        history = self._history(self._gate.ready())
+        about = history.approval([*messages[:at], pending.answer], at)
+        decision, text = _decision(next(_answers(pending.answer, about, pending.verdict)))
         if decision == "reject":
             return {"guardmw_held": None} | ({"jump_to": "end"} if pending.structured else {})
-        answer = pending.answer if decision == "approve" else AIMessage(text, id=id_, name=pending.answer.name)
-        trial = self._history(self._gate.ready()).trial([*messages[:at], answer])
-        update: dict[str, Any] = {"guardmw_held": None, "guardmw_approved": [trial.key(at)]}
+        answer = pending.answer
+        if decision == "edit":
+            answer = AIMessage(text, id=id_, name=answer.name)
+            about = history.approval([*messages[:at], answer], at)
+        update: dict[str, Any] = {"guardmw_held": None, "guardmw_approved": [about]}
         if not pending.structured:
             return update | {"messages": [answer]}
         # The agent reads an object from what its model says, and nowhere else: it is said there.
         decided = pending._replace(answer=answer, decided=True)
         return update | {"guardmw_held": decided.packed(), "jump_to": "model"}
 
-    def _decided(self, state: ReviewState, trial: Trial) -> dict[str, Any] | None:
-        messages: Sequence[BaseMessage] = state["messages"]
-        begin = trial.begin()
-        approved: list[str] = []
-        changed: list[BaseMessage] = []
-        rejected: list[Verdict] = []
-        for at, verdict in sorted(trial.withheld.items()):
-            if at < begin and not trial.failed(verdict):
-                continue
-            decision, text = _decision(interrupt(_question(messages[at], verdict.to_dict())))
-            if decision == "approve":
-                approved.append(trial.key(at))
-            elif decision == "edit":
-                changed.append(instead(messages[at], text=text))
-            else:
-                rejected.append(verdict)
-                changed += [] if trial.failed(verdict) else [instead(messages[at])]
-        update: dict[str, Any] = {"guardmw_approved": approved} if approved else {}
+    def _decided(self, state: ReviewState, trial: Trial) -> Generator[Step, Step, dict[str, Any] | None]:
+        """Yields what a person is asked, and is sent what one was asked when this ran first: that is what they saw."""
+        run = uuid4().hex
+        shown: Sequence[BaseMessage] = state["messages"]
+        messages = list(shown)
+        history = self._history(self._gate.ready())
+        open_ = _doubts(trial, history, shown)
+        decided: set[int] = set()
+        approved: list[int] = []
+        rejected: list[Doubt] = []
+        while doubts := [one for one in open_ if one["at"] not in decided]:
+            asked = yield Step(guardmw_run=run, guardmw_asked=doubts)
+            # An answer that is there before its question was to one of a state that somebody has changed since.
+            early = Step(guardmw_run=run, guardmw_early=asked["guardmw_run"] == run)
+            for doubt in asked["guardmw_asked"]:
+                at = doubt["at"]
+                answers = _answers(shown[at], doubt["about"], doubt["verdict"])
+                given = next(answers)
+                while (yield early)["guardmw_early"]:
+                    given = next(answers)
+                decision, text = _decision(given)
+                if decision == "approve":
+                    if doubt["about"] != history.approval(shown, at):
+                        # It was another policy that withheld it.
+                        continue
+                    approved.append(at)
+                elif decision == "edit":
+                    messages[at] = instead(shown[at], text=text)
+                else:
+                    rejected.append(doubt)
+                    messages[at] = shown[at] if doubt["failed"] else instead(shown[at])
+                decided.add(at)
+        # An edit changes the context of what follows it.
+        approvals = [history.approval(messages, at) for at in approved]
+        changed = [new for new, old in zip(messages, shown, strict=True) if new is not old]
+        update: dict[str, Any] = {"guardmw_approved": approvals} if approvals else {}
         packed = state.get("guardmw_held")
         if packed is not None and (packed == ENDED or not Pending.unpacked(packed).decided):
             # Nobody has decided on it, and the user went on: its refusal stands.
             update["guardmw_held"] = None
         if rejected:
-            answer: AIMessage = refusal(AIMessage(""), rejected[0])
+            answer = AIMessage(REFUSAL, response_metadata=refusal_metadata(rejected[0]["verdict"]))
             return update | {"messages": [*changed, answer], "jump_to": "end"}
         return (update | {"messages": changed} if changed else update) or None
 
 
-def _question(message: BaseMessage, verdict: dict[str, Any]) -> dict[str, Any]:
-    """What the person gets to see."""
-    return {
+def _same(step: Step) -> Step:
+    return step
+
+
+async def _asame(step: Step) -> Step:
+    return step
+
+
+# A graph runs a node again when a person has answered, perhaps in another process, and hands it the answers by their
+# order alone. What a task of the node gave stays as it was, so that each goes to the question that was put.
+_task: Any = task(name="guardmw")
+_kept, _akept = _task(_same), _task(_asame)
+
+
+def _doubts(trial: Trial, history: History, messages: Sequence[BaseMessage]) -> list[Doubt]:
+    """What is withheld of the current turn, or not judged at all."""
+    begin, failed = trial.begin(), trial.failed
+    return [
+        Doubt(at=at, about=history.approval(messages, at), failed=failed(verdict), verdict=verdict.to_dict())
+        for at, verdict in sorted(trial.withheld.items())
+        if at >= begin or failed(verdict)
+    ]
+
+
+def _answers(message: BaseMessage, about: str, verdict: dict[str, Any]) -> Iterator[object]:
+    """What a person says to it; to ask again, go on."""
+    question = {
         "guardmw": verdict,
+        "about": about,
         "role": message.type,
         "content": message.content,
         "tool_calls": getattr(message, "tool_calls", []),
         "decisions": ["approve", "edit", "reject"],
     }
+    while True:
+        given = interrupt(question)
+        # One that names another question is for that.
+        if not isinstance(given, dict) or given.get("about", about) == about:
+            yield given
+        question = {**question, "problem": "that was an answer to another question"}
 
 
 def _decision(given: object) -> tuple[str, str]:

@@ -345,7 +345,7 @@ class Asking:
                 self._trial.passes(message)
                 if self._calls and self._calls.blocked and self._history.was_let_out(message):
                     # In another process, or after other messages, a rule might still be against what is left of them.
-                    update["guardmw_approved"] = [self._history.read(message).key]
+                    update["guardmw_approved"] = [self._history.approval_anywhere(message)]
         return self._with_changes(response, update)
 
     def refused(self) -> Response | Extended:

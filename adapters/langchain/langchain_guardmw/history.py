@@ -27,6 +27,9 @@ REMEMBERED = 4_096
 Key = tuple[bytes, ...]
 """A message and the context that it is judged in, by their digests."""
 
+# What is approved: a message wherever it stands.
+ANYWHERE = b"anywhere"
+
 _HELD = attrgetter("__dict__", "__pydantic_extra__")
 # All of a message that is judged.
 _JUDGED = ("additional_kwargs", "artifact", "content", "invalid_tool_calls", "tool_call_chunks", "tool_calls")
@@ -58,11 +61,6 @@ class Read(NamedTuple):
             return self.fields == _fields(message)
         except Exception:  # noqa: BLE001 - of anybody's values
             return False
-
-    @property
-    def key(self) -> str:
-        """By what it is approved whatever stands before it: of a guard, who left of it what may be said."""
-        return self.digest.hex()
 
     @property
     def nameless(self) -> bytes:
@@ -132,10 +130,12 @@ class History(Reads):
 
     Args:
         max_characters: the policy's: longer text is not judged, which is no failure of the backend.
+        guard: whose verdicts these are, and under which policy: what is approved to one is not to another.
     """
 
-    def __init__(self, max_characters: int) -> None:
+    def __init__(self, max_characters: int, guard: tuple[str, ...] = ()) -> None:
         super().__init__()
+        self._guard = blake2b(repr(guard).encode(errors="surrogatepass")).digest()
         self._max_characters = max_characters
         self._verdicts: dict[Key, Verdict | None] = {}
         self._passed: dict[int, tuple[Read, bytes]] = {}
@@ -180,6 +180,19 @@ class History(Reads):
     def context(self, messages: Sequence[BaseMessage]) -> tuple[Turn, ...]:
         """The turns in whose light is judged what follows these messages."""
         return tuple(self.read(message).turn for message in messages[-CONTEXT_TURNS:])
+
+    def approval(self, messages: Sequence[BaseMessage], at: int) -> str:
+        """What a person approves who approves one of these messages."""
+        context = messages[max(at - CONTEXT_TURNS, 0) : at + 1]
+        return self.approved(tuple(self.read(message).digest for message in context))
+
+    def approval_anywhere(self, message: BaseMessage) -> str:
+        """By what it is approved whatever stands before it: of a guard, who left of it what may be said."""
+        return self.approved((self.read(message).digest,), ANYWHERE)
+
+    def approved(self, key: Key, person: bytes = b"") -> str:
+        """By what a message is approved that has this key."""
+        return blake2b(b"".join(key), digest_size=16, key=self._guard, person=person).hexdigest()
 
     def let_out(self, message: BaseMessage) -> None:
         """Note that this very message was judged on its way out of a model."""
@@ -254,12 +267,6 @@ class Trial:
         before = (read.digest for read in self._said.recent)
         self._history.remember((*before, self._history.read(answer).digest), None)
 
-    def key(self, at: int) -> str:
-        """What a person approves who approves the last message, or one that is withheld."""
-        if at == self._said.length - 1:
-            return _approval(self._said.key)
-        return next(_approval(case.key) for case in self._said.cases if case.at == at)
-
     def context(self) -> tuple[Turn, ...]:
         """The turns before what follows."""
         return tuple(read.turn for read in self._said.recent)
@@ -276,17 +283,14 @@ class Trial:
         return [verdict for one, verdict in judged if verdict.action != "review" or not one.last.tool_calls]
 
     def _withhold(self, case: Case, verdict: Verdict) -> None:
-        if not self._approved or not {_approval(case.key), case.key[-1].hex()}.intersection(self._approved):
+        approved = self._history.approved
+        if not self._approved or not {approved(case.key), approved(case.key[-1:], ANYWHERE)} & set(self._approved):
             self.withheld[case.at] = verdict
 
 
 def held(messages: Sequence[BaseMessage]) -> Iterable[object]:
     """All that messages hold, of which nothing is copied."""
     return map(_HELD, messages)
-
-
-def _approval(key: Key) -> str:
-    return blake2b(b"".join(key), digest_size=16).hexdigest()
 
 
 def _fields(message: BaseMessage) -> dict[str, Any]:

@@ -46,6 +46,12 @@ def is_failure(chosen: tuple[type[BaseException], ...] | Callable[[BaseException
     return lambda error: not isinstance(error, Blocked) and wanted(error)
 
 
+def refusal_metadata(verdict: dict[str, Any]) -> dict[str, Any]:
+    """What a refusal says of itself."""
+    # The verdict quotes nothing of what was screened.
+    return {"finish_reason": "content_filter", "guardmw": verdict}
+
+
 def refusal(value: object, verdict: Verdict, *, text: str = REFUSAL) -> Any:  # noqa: ANN401 - of the value's own type
     """What stands in for a withheld answer: a value of its type, as whatever follows in the chain expects it.
 
@@ -53,8 +59,7 @@ def refusal(value: object, verdict: Verdict, *, text: str = REFUSAL) -> Any:  # 
         Blocked: the value is no answer but a prompt, documents, a dict, …; a refusal in its place would be put to the
             model as a prompt, or break the step that follows.
     """
-    # The verdict quotes nothing of what was screened.
-    metadata = {"finish_reason": "content_filter", "guardmw": verdict.to_dict()}
+    metadata = refusal_metadata(verdict.to_dict())
     if isinstance(value, AIMessageChunk):
         return AIMessageChunk(content=text, id=as_mark(value.id), response_metadata=metadata, chunk_position="last")
     if isinstance(value, AIMessage):

@@ -254,7 +254,8 @@ RUNS: dict[str, Run] = {
     "aevents v3": aevents_v3,
 }
 EVERY_RUN = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-BOTH = pytest.mark.parametrize("run", [invoke, ainvoke])
+ASKED = (invoke, ainvoke)
+BOTH = pytest.mark.parametrize("run", ASKED)
 MODES = pytest.mark.parametrize("on_block", ["raise", "end", "replace", "review"])
 
 
@@ -786,6 +787,130 @@ def test_a_person_decides_on_a_question(run: Run, decision: Any) -> None:
     else:
         assert texts(agent) == [WITHHELD, REFUSAL]
         assert model._asked == []
+
+
+def elsewhere(agent: Any, model: Fake, backend: Witness) -> Any:
+    """The same agent, as another process makes it."""
+    middleware = GuardMiddleware(backend, on_block="review")
+    return create_agent(model, [note], middleware=[middleware], checkpointer=agent.checkpointer)
+
+
+TWO: Any = {"messages": [HumanMessage("A harmless one."), HumanMessage("An EVIL second.")]}
+RESUMED = pytest.mark.parametrize(("run", "resumed"), [(one, two) for one in ASKED for two in ASKED])
+
+
+@RESUMED
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("decision", ["approve", {"type": "edit", "content": "Bread."}])
+def test_an_answer_is_for_the_message_that_was_shown(run: Run, resumed: Run, moved: bool, decision: Any) -> None:
+    """Whatever a backend that is back says of that one; nobody has seen the other yet."""
+    model, backend = Fake.saying(SAFE), Witness()
+    agent = agent_of(model, GuardMiddleware(backend, on_block="review"))
+    backend.away = True
+    run(agent, TWO, lambda _: None)
+    assert pending(agent)["content"] == "A harmless one."
+    backend.away = False
+    agent = elsewhere(agent, model, Witness()) if moved else agent
+    resumed(agent, Command(resume=decision), lambda _: None)
+    assert (pending(agent)["content"], model._asked) == ("An EVIL second.", [])
+    resumed(agent, Command(resume="approve"), lambda _: None)
+    first = "A harmless one." if decision == "approve" else "Bread."
+    assert texts(agent) == [first, "An EVIL second.", f"{SAFE} "]
+
+
+@BOTH
+@pytest.mark.parametrize("moved", [False, True])
+def test_each_of_two_questions_has_its_answer(run: Run, moved: bool) -> None:
+    """In their order, though there is nothing against the first any more; the second is still refused."""
+    model, backend = Fake.saying(SAFE), Witness()
+    agent = agent_of(model, GuardMiddleware(backend, on_block="review"))
+    backend.away = True
+    run(agent, TWO, lambda _: None)
+    run(agent, Command(resume="approve"), lambda _: None)
+    assert pending(agent)["content"] == "An EVIL second."
+    backend.away = False
+    agent = elsewhere(agent, model, Witness()) if moved else agent
+    run(agent, Command(resume="reject"), lambda _: None)
+    assert model._asked == []
+    assert texts(agent)[-1] == REFUSAL
+
+
+@RESUMED
+def test_an_answer_is_not_for_what_was_put_in_the_place_of_the_message(run: Run, resumed: Run) -> None:
+    """It is asked about, and answered, by itself."""
+    model = Fake.saying(SAFE)
+    agent = agent_of(model, GuardMiddleware(Witness(), on_block="review"))
+    run(agent, said("An EVIL question"), lambda _: None)
+    first = agent.get_state(THREAD).values["messages"][0]
+    agent.update_state(THREAD, {"messages": [HumanMessage("Another EVIL one", id=first.id)]})
+    resumed(agent, Command(resume="approve"), lambda _: None)
+    assert (pending(agent)["content"], model._asked) == ("Another EVIL one", [])
+    resumed(agent, Command(resume="reject"), lambda _: None)
+    assert (texts(agent), model._asked) == ([WITHHELD, REFUSAL], [])
+
+
+@BOTH
+@pytest.mark.parametrize("answer", [UNSAFE, None], ids=["answer", "question"])
+def test_an_answer_that_names_another_question_is_none(run: Run, answer: str | None) -> None:
+    """It is asked again, and an answer that names it is one."""
+    agent = agent_of(Fake.saying(answer or SAFE), GuardMiddleware(Witness(), on_block="review"))
+    run(agent, said("Hello." if answer else "An EVIL question"), lambda _: None)
+    about = pending(agent)["about"]
+    run(agent, Command(resume={"type": "approve", "about": "another"}), lambda _: None)
+    assert pending(agent)["problem"] == "that was an answer to another question"
+    run(agent, Command(resume={"type": "approve", "about": about}), lambda _: None)
+    assert texts(agent)[-1] == f"{answer or SAFE} "
+
+
+@BOTH
+def test_what_is_approved_to_one_guard_is_not_approved_to_another(run: Run) -> None:
+    """The second has not asked anybody."""
+    model = Fake.saying(SAFE)
+    guards = [
+        GuardMiddleware(Witness(), on_block="review", name="one"),
+        GuardMiddleware(Witness(), on_block="raise", name="two"),
+    ]
+    agent = agent_of(model, *guards)
+    run(agent, said("An EVIL question"), lambda _: None)
+    assert outcome(run, agent, Command(resume="approve")) is not None
+    assert model._asked == []
+
+
+@BOTH
+def test_each_guard_that_reviews_asks(run: Run) -> None:
+    """In turn."""
+    guards = [GuardMiddleware(Witness(), on_block="review", name=name) for name in ("one", "two")]
+    agent = agent_of(Fake.saying(SAFE), *guards)
+    run(agent, said("An EVIL question"), lambda _: None)
+    first = pending(agent)["about"]
+    run(agent, Command(resume="approve"), lambda _: None)
+    assert pending(agent)["about"] != first
+    run(agent, Command(resume="approve"), lambda _: None)
+    assert texts(agent) == ["An EVIL question", f"{SAFE} "]
+
+
+@BOTH
+@pytest.mark.parametrize("waiting", [True, False])
+def test_what_is_approved_under_a_policy_is_not_approved_under_another(run: Run, waiting: bool) -> None:
+    """Neither if the policy changed while the question was open; a person is asked anew."""
+    model = Fake.saying(SAFE, SAFE)
+
+    def agent_under(policy: Policy, saver: InMemorySaver) -> Any:
+        guard = Guard(Witness(), policy=policy)
+        return create_agent(model, middleware=[GuardMiddleware(guard, on_block="review")], checkpointer=saver)
+
+    saver = InMemorySaver()
+    lenient, strict = (agent_under(Policy(threshold=at), saver) for at in (0.9, 0.5))
+    run(lenient, said("An EVIL question"), lambda _: None)
+    if waiting:
+        run(strict, Command(resume="approve"), lambda _: None)
+        assert (pending(strict)["content"], model._asked) == ("An EVIL question", [])
+        run(strict, Command(resume="approve"), lambda _: None)
+        assert texts(strict) == ["An EVIL question", f"{SAFE} "]
+    else:
+        run(lenient, Command(resume="approve"), lambda _: None)
+        run(strict, said("And now?"), lambda _: None)
+        assert texts(strict)[0] == WITHHELD
 
 
 @EVERY_RUN

@@ -404,7 +404,8 @@ def test_a_history_that_says_its_calls_were_blocked_is_judged(run: Run, noted: A
     said = AIMessage("", tool_calls=[called], response_metadata={"guardmw_calls": noted})
     given = [HumanMessage("Hi."), said, ToolMessage("Done.", tool_call_id="9"), HumanMessage("Note it.")]
     agent = agent_of(Notes(), Fake(texts=["one"]), ToolGuardMiddleware(Witness()), GuardMiddleware(Witness()))
-    shown = run(agent, {"messages": given, "guardmw_approved": [history.History(1_000).read(said).key]})
+    known = history.History(1_000, ("GuardMiddleware", Policy().fingerprint))
+    shown = run(agent, {"messages": given, "guardmw_approved": [known.approval_anywhere(said)]})
     assert "be_EVIL" not in repr((shown, messages(agent)))
 
 
