@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import dataclass
 from fnmatch import translate
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from guardmw.arguments import Argument, Constraint, Name
-from guardmw.conversation import loads
+from guardmw.conversation import Conversation, Turn, loads
 from guardmw.running import Running
 from guardmw.settings import Part, Score
 from guardmw.verdict import SEVERITY, Action, Violation
@@ -19,7 +20,7 @@ from guardmw.verdict import SEVERITY, Action, Violation
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from guardmw.conversation import Conversation, ToolCall, Turn
+    from guardmw.conversation import Role, ToolCall
 
 Source = Literal["tool_result", "document"]
 
@@ -86,6 +87,25 @@ class ToolPolicy(Part):
     arguments: dict[Name, dict[Name, Constraint]] = {}
     flows: list[Flow] = []
     budgets: list[Budget] = []
+
+
+class Gone(NamedTuple):
+    """What rules have to know of turns that are no longer told.
+
+    Attributes:
+        calls: how many there were, by the names of tools.
+        injection: the highest P(injection) of what was read, by the role and the name of its turn.
+    """
+
+    calls: Mapping[str, int]
+    injection: Mapping[tuple[Role, str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Continued(Conversation):
+    """A conversation that began before its first turn."""
+
+    gone: Gone
 
 
 class Earlier(NamedTuple):
@@ -166,7 +186,21 @@ class ToolRules:
         last = conversation.last
         if last.role not in self._roles and not (last.tool_calls and (self._budgets or self._flows)):
             return None
-        return self._running.after(conversation.context, self._step, lambda known: known.hearing(heard))
+        before = self._running.after(conversation.context, self._step, lambda known: known.hearing(heard))
+        return self._continuing(before, conversation.gone) if isinstance(conversation, Continued) else before
+
+    def _continuing(self, before: Before, gone: Gone) -> Before:
+        made = [(_folded(name), calls) for name, calls in gone.calls.items()]
+        read = [(Turn(role, name=name), p) for (role, name), p in gone.injection.items()]
+        calls = tuple(
+            so_far + sum(calls for name, calls in made if budget.hold(name))
+            for so_far, (budget, _) in zip(before.calls, self._budgets, strict=True)
+        )
+        injection = tuple(
+            max([so_far, *(p for turn, p in read if flow.goes_by(turn))])
+            for so_far, flow in zip(before.injection, self._flows, strict=True)
+        )
+        return before._replace(calls=calls, injection=injection)
 
     def _step(self, before: Before, turn: Turn) -> Before:
         calls = before.calls

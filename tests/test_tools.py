@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from guardmw import BackendError, Conversation, Coverage, Guard, Policy, PolicyError, Scores, ToolCall, Turn, Verdict
 from guardmw import guard as guard_module
 from guardmw.testing import KeywordBackend, ScriptedBackend
-from guardmw.tools import ToolPolicy, ToolRules
+from guardmw.tools import Continued, Gone, ToolPolicy, ToolRules
 from guardmw.verdict import ACTIONS, SEVERITY
 
 if TYPE_CHECKING:
@@ -257,6 +257,25 @@ def test_a_budget_counts_the_calls_of_the_conversation() -> None:
     both = Turn("assistant", tool_calls=(ToolCall("search_web"), ToolCall("search_web")))
     assert screened([*done, both], budgets=budget).action == "review"
     assert screened([*done, both, call("other")], budgets=budget).action == "allow"
+
+
+@pytest.mark.parametrize(
+    ("gone", "rules"),
+    [
+        (Gone({}, {}), []),
+        (Gone({"pay": 1, "Pay": 1}, {}), ["budget:pay"]),
+        (Gone({"look": 9}, {}), []),
+        (Gone({}, {("tool", "read"): 0.5}), ["flow:pay"]),
+        (Gone({}, {("tool", "read"): 0.4, ("tool", "own"): 0.9}), []),
+    ],
+)
+def test_what_is_gone_from_a_conversation_counts_with_what_is_there(gone: Gone, rules: list[str]) -> None:
+    """Also where nothing else is there; trust is by name, as ever."""
+    flow = {"tools": ["pay"], "injection": 0.5, "trusted": ["own"]}
+    looking_back = policy(flows=[flow], budgets=[{"tools": ["pay"], "calls": 2}])
+    guard = Guard(KeywordBackend({}), policy=looking_back)
+    for context in ((), (Turn("user", "go"),)):
+        assert rules_of(guard.screen(Continued((*context, call("pay")), gone))) == rules
 
 
 def test_a_call_in_two_spellings_is_one_call() -> None:

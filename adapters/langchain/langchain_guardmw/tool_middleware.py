@@ -7,17 +7,20 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, S
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired, Self, cast
 
-from langchain.agents.middleware import AgentMiddleware, ModelResponse
+from langchain.agents.middleware import AgentMiddleware, AgentState, ModelResponse
+from langchain.agents.middleware.types import PrivateStateAttr
 from langchain.agents.structured_output import AutoStrategy, ToolStrategy
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langgraph.types import interrupt
 
-from guardmw import Conversation, Turn
+from guardmw import Conversation, Guard, Turn
 from guardmw.running import Running
+from guardmw.tools import Continued, Gone
 from langchain_guardmw.calls import BLOCKED_CALLS, TOOL_GUARD, Asked, ToolGuard, names_of
 from langchain_guardmw.gate import Gate, as_guard
+from langchain_guardmw.gone import Noted, Notes, gone
 from langchain_guardmw.history import Reads, held
 from langchain_guardmw.hooks import signed, unhooked
 from langchain_guardmw.outcome import refusal, strictest
@@ -26,9 +29,10 @@ from langchain_guardmw.tools import RESULT_WITHHELD, call_of, is_control_flow, r
 
 if TYPE_CHECKING:
     from langchain.agents.middleware import ModelRequest, ToolCallRequest
+    from langgraph.runtime import Runtime
     from langgraph.types import Command
 
-    from guardmw import Backend, Guard, Verdict
+    from guardmw import Backend, Verdict
     from langchain_guardmw.parts import Part
 
     Result = ToolMessage | Command[Any]
@@ -41,6 +45,16 @@ EDITED = "A person has changed the arguments of this call before it was made: th
 _RETRIES = 2
 # Calls under review whose verdicts are kept: a reviewer may take days.
 _REMEMBERED = 4_096
+
+
+class NotedState(AgentState[Any]):
+    """What a guard of tools keeps in the agent's state, where nothing that goes into a run can put it.
+
+    Attributes:
+        guardmw_noted: what rules have to know of messages that others may take out of the history.
+    """
+
+    guardmw_noted: NotRequired[Annotated[Noted, PrivateStateAttr]]
 
 
 class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
@@ -56,7 +70,8 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
     call is judged anew, and made unless that blocks it. Anything else is no answer, and the question is put again. A
     result under review is withheld, as to ask about it would run the tool twice.
 
-    Put it first among an agent's middlewares: outside of those that retry, cache or change tool calls. In LangGraph
+    Put it first among an agent's middlewares: outside of those that retry, cache or change tool calls, and before those
+    that take messages out of the history, of which it keeps what flow rules and budgets have to know. In LangGraph
     without an agent: ``ToolNode(tools, wrap_tool_call=m.wrap_tool_call, awrap_tool_call=m.awrap_tool_call)``, always
     with both, for a ToolNode that has only the second is not guarded when it is invoked synchronously.
 
@@ -67,9 +82,17 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         BackendError: the spec names no backend, or it cannot be made.
     """
 
+    def __new__(cls, g: Guard | Backend | str | None = None) -> Self:
+        """Make one that has no more hooks than it needs: each is a node of the graph, dearer than a verdict."""
+        noting: type[Any] = Noting
+        looks_back = isinstance(g, Guard) and _needs_all(g) and cls is ToolGuardMiddleware
+        made: Self = super().__new__(noting if looks_back else cls)
+        return made
+
     def __init__(self, g: Guard | Backend | str | None = None) -> None:
         super().__init__()
         self.tools = ()
+        self._notes: Notes | None = None
         self._gate = Gate(as_guard(g), "output", "refuse")
         self._listener = _Listener()
         self._desk = _Desk()
@@ -147,8 +170,8 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
 
         def asking(message: AIMessage) -> list[Asked]:
             before = self._listener.heard(request.messages, whole=_needs_all(guard))
-            turn = self._listener.read(message).turn
-            return [_Said(before, turn, at).asking(call) for at, call in enumerate(message.tool_calls)]
+            turn, earlier = self._listener.read(message).turn, gone(request.state)
+            return [_Said(before, turn, at, gone=earlier).asking(call) for at, call in enumerate(message.tool_calls)]
 
         def keep(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> None:
             for one, verdict in zip(asked, verdicts, strict=True):
@@ -162,7 +185,7 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         said = _Said.of(request, self._listener, whole=_needs_all(guard))
         admitted = yield from self._admitted(said, request)
         if isinstance(admitted, ToolMessage):
-            return admitted
+            return self._noting(admitted)
         call = admitted.tool_call
         try:
             result = yield admitted
@@ -173,10 +196,17 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
             if verdict is None:
                 raise
         else:
-            verdict = strictest((yield results(result, call["name"], said.before_result(call))))
+            verdicts = yield results(result, call["name"], said.before_result(call))
+            verdict = strictest(verdicts)
             if verdict is None:
-                return _as_called(result, call["name"], edited=admitted is not request)
-        return refused(call, verdict, RESULT_WITHHELD)
+                result = _as_called(result, call["name"], edited=admitted is not request)
+                return self._noting(result, verdicts)
+        return self._noting(refused(call, verdict, RESULT_WITHHELD))
+
+    def _noting(self, result: Result, verdicts: Sequence[Verdict] = ()) -> Result:
+        if self._notes and isinstance(result, ToolMessage):
+            self._notes.hear(result, verdicts)
+        return result
 
     def _admitted(
         self, said: _Said, request: ToolCallRequest
@@ -227,6 +257,37 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         return ModelResponse(result=told)
 
 
+class Noting(ToolGuardMiddleware):
+    """The middleware whose rules are about all that was said: it makes notes, as others may shorten the history."""
+
+    state_schema = NotedState
+
+    def __init__(self, g: Guard) -> None:
+        super().__init__(g)
+        rules = g.policy.tools
+        self._notes: Notes = Notes(self._listener, flows=bool(rules and rules.flows))
+
+    @property
+    def name(self) -> str:
+        """What the agent knows it by."""
+        return ToolGuardMiddleware.__name__
+
+    def before_model(self, state: NotedState, runtime: Runtime[Any]) -> dict[str, Any] | None:  # noqa: ARG002
+        """Make notes of what is new."""
+        unheard = self._notes.unheard(state)
+        verdicts = self._gate.ready().screen_many(one for each in unheard for one in each.asked) if unheard else []
+        noted = self._notes.noted(state, unheard, verdicts)
+        return {"guardmw_noted": noted} if noted else None
+
+    async def abefore_model(self, state: NotedState, runtime: Runtime[Any]) -> dict[str, Any] | None:  # noqa: ARG002
+        """``before_model``, without blocking the event loop."""
+        unheard = self._notes.unheard(state)
+        asked = [one for each in unheard for one in each.asked]
+        verdicts = await (await self._gate.aready()).ascreen_many(asked) if asked else []
+        noted = self._notes.noted(state, unheard, verdicts)
+        return {"guardmw_noted": noted} if noted else None
+
+
 class _Before(NamedTuple):
     """What was said before a message, and a digest of it."""
 
@@ -267,6 +328,7 @@ class _Said:
         position: of the call among that message's.
         blocked: that message says it was, before anybody saw it; what was said to forge that only forbids.
         shares_task: other calls of the message may run in the same task of a graph, and its interrupts be theirs.
+        gone: what is known of messages that are no longer there.
     """
 
     before: _Before = _NOTHING
@@ -274,6 +336,7 @@ class _Said:
     position: int = 0
     blocked: bool = False
     shares_task: bool = False
+    gone: Gone | None = None
 
     @classmethod
     def of(cls, request: ToolCallRequest, listener: _Listener, *, whole: bool) -> _Said:
@@ -289,7 +352,8 @@ class _Said:
                     noted = message.response_metadata.get(BLOCKED_CALLS)
                     blocked = isinstance(noted, Mapping) and id_ in noted
                     shares_task = len(ids) > 1 and not _is_sent(request)
-                    return cls(before, listener.read(message).turn, ids.index(id_), blocked, shares_task)
+                    turn, known = listener.read(message).turn, gone(request.state) if whole else None
+                    return cls(before, turn, ids.index(id_), blocked, shares_task, known)
         return cls()
 
     def asking(self, call: Mapping[str, Any]) -> Asked:
@@ -300,7 +364,11 @@ class _Said:
             own = (replace(self.turn, tool_calls=self.turn.tool_calls[: self.position], name="", media=()), *own)
         digest = blake2b(repr(own).encode(errors="surrogatepass"), digest_size=16)
         digest.update(self.before.digest)
-        return Asked(Conversation((*self.before.turns, *own)), digest.digest())
+        turns = (*self.before.turns, *own)
+        if self.gone is None:
+            return Asked(Conversation(turns), digest.digest())
+        digest.update(repr(self.gone).encode(errors="surrogatepass"))
+        return Asked(Continued(turns, self.gone), digest.digest())
 
     def before_result(self, call: Mapping[str, Any]) -> tuple[Turn, ...]:
         """What leads to the result of a call."""
