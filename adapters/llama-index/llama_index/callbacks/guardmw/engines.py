@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
@@ -85,7 +86,7 @@ def guard_chat_engine(
     memory, and does not block the next one. Answers are judged before anyone has them, and so are the nodes that come
     with them; the memory forgets what is withheld. A streamed answer goes out sentence by sentence, as it is judged;
     a block ends the engine's own reading of the stream. So do its closing, read or not, a reset and the next question;
-    to read on after these two raises ``guardmw.GuardmwError``.
+    to read on after these two raises ``guardmw.GuardmwError``, and so does a call while another one is under way.
 
     Args:
         engine: a chat engine. It is used, not copied: its memory is that of the conversation.
@@ -203,6 +204,11 @@ class GuardedChatEngine(BaseChatEngine):
         self._inner = inner
         self._gate = gate
         self._open: _Exchange | None = None
+        self._free = Lock()
+
+    def __reduce__(self) -> tuple[type[GuardedChatEngine], tuple[BaseChatEngine, Gate]]:
+        # The lock stays here, and so does an answer that is still being read.
+        return type(self), (self._inner, self._gate)
 
     @property
     def inner(self) -> BaseChatEngine:
@@ -211,8 +217,9 @@ class GuardedChatEngine(BaseChatEngine):
 
     def reset(self) -> None:
         """Forget the conversation; an answer that is still being read ends."""
-        self._before()
-        self._inner.reset()
+        with self._alone():
+            self._before()
+            self._inner.reset()
 
     @property
     def chat_history(self) -> list[ChatMessage]:
@@ -223,88 +230,92 @@ class GuardedChatEngine(BaseChatEngine):
     def chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
-        exchange = _Exchange(self._before(chat_history), message)
-        try:
-            self._gate.admit(exchange.asked)
-        except Blocked as blocked:
-            return AgentChatResponse(self._gate.instead(blocked, _more))
-        self._open = exchange
-        try:
-            response = self._inner.chat(message, chat_history)
-            enforced(self._gate.ready().screen_many(_of_chat(response, exchange.asked)))
-            exchange.ended = True
-        except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
-            exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
-            return AgentChatResponse(exchange.said)
-        finally:
-            self._keep(exchange)
-        return response
+        with self._alone():
+            exchange = _Exchange(self._before(chat_history), message)
+            try:
+                self._gate.admit(exchange.asked)
+            except Blocked as blocked:
+                return AgentChatResponse(self._gate.instead(blocked, _more))
+            self._open = exchange
+            try:
+                response = self._inner.chat(message, chat_history)
+                enforced(self._gate.ready().screen_many(_of_chat(response, exchange.asked)))
+                exchange.ended = True
+            except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
+                exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
+                return AgentChatResponse(exchange.said)
+            finally:
+                self._keep(exchange)
+            return response
 
     async def achat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
-        exchange = _Exchange(await self._abefore(chat_history), message)
-        try:
-            await self._gate.aadmit(exchange.asked)
-        except Blocked as blocked:
-            return AgentChatResponse(self._gate.instead(blocked, _more))
-        self._open = exchange
-        try:
-            response = await self._inner.achat(message, chat_history)
-            enforced(await (await self._gate.aready()).ascreen_many(_of_chat(response, exchange.asked)))
-            exchange.ended = True
-        except Exception as error:  # noqa: BLE001 - the same
-            exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
-            return AgentChatResponse(exchange.said)
-        finally:
-            await self._akeep(exchange)
-        return response
+        with self._alone():
+            exchange = _Exchange(await self._abefore(chat_history), message)
+            try:
+                await self._gate.aadmit(exchange.asked)
+            except Blocked as blocked:
+                return AgentChatResponse(self._gate.instead(blocked, _more))
+            self._open = exchange
+            try:
+                response = await self._inner.achat(message, chat_history)
+                enforced(await (await self._gate.aready()).ascreen_many(_of_chat(response, exchange.asked)))
+                exchange.ended = True
+            except Exception as error:  # noqa: BLE001 - the same
+                exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
+                return AgentChatResponse(exchange.said)
+            finally:
+                await self._akeep(exchange)
+            return response
 
     def stream_chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
-        exchange = _Exchange(self._before(chat_history), message)
-        try:
-            self._gate.admit(exchange.asked)
-        except Blocked as blocked:
-            return _streamed(_only(self._gate.instead(blocked, _more)))
-        self._open, inner = exchange, None
-        try:
-            inner = self._inner.stream_chat(message, chat_history)
-            enforced(self._gate.ready().screen_many(_of_sources(inner, exchange.asked)))
-        except BaseException as error:  # noqa: BLE001 - the same
-            if inner is not None:
-                _Deltas(inner).close()
+        with self._alone():
+            exchange = _Exchange(self._before(chat_history), message)
             try:
-                exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
-            finally:
-                self._keep(exchange)
-            return _streamed(_only(exchange.said))
-        exchange.reader = _Deltas(inner)
-        return _streamed(self._read(exchange.reader, exchange), inner)
+                self._gate.admit(exchange.asked)
+            except Blocked as blocked:
+                return _streamed(_only(self._gate.instead(blocked, _more)))
+            self._open, inner = exchange, None
+            try:
+                inner = self._inner.stream_chat(message, chat_history)
+                enforced(self._gate.ready().screen_many(_of_sources(inner, exchange.asked)))
+            except BaseException as error:  # noqa: BLE001 - the same
+                if inner is not None:
+                    _Deltas(inner).close()
+                try:
+                    exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
+                finally:
+                    self._keep(exchange)
+                return _streamed(_only(exchange.said))
+            exchange.reader = _Deltas(inner)
+            return _streamed(self._read(exchange.reader, exchange), inner)
 
     async def astream_chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
-        exchange = _Exchange(await self._abefore(chat_history), message)
-        try:
-            await self._gate.aadmit(exchange.asked)
-        except Blocked as blocked:
-            return _astreamed(_aonly(self._gate.instead(blocked, _more)))
-        self._open, inner = exchange, None
-        try:
-            inner = await self._inner.astream_chat(message, chat_history)
-            enforced(await (await self._gate.aready()).ascreen_many(_of_sources(inner, exchange.asked)))
-        except BaseException as error:  # noqa: BLE001 - the same
-            if inner is not None:
-                await _AsyncDeltas(inner).aclose()
+        with self._alone():
+            exchange = _Exchange(await self._abefore(chat_history), message)
             try:
-                exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
-            finally:
-                await self._akeep(exchange)
-            return _astreamed(_aonly(exchange.said))
-        exchange.reader = _AsyncDeltas(inner)
-        return _astreamed(self._aread(exchange.reader, exchange), inner)
+                await self._gate.aadmit(exchange.asked)
+            except Blocked as blocked:
+                return _astreamed(_aonly(self._gate.instead(blocked, _more)))
+            self._open, inner = exchange, None
+            try:
+                inner = await self._inner.astream_chat(message, chat_history)
+                enforced(await (await self._gate.aready()).ascreen_many(_of_sources(inner, exchange.asked)))
+            except BaseException as error:  # noqa: BLE001 - the same
+                if inner is not None:
+                    await _AsyncDeltas(inner).aclose()
+                try:
+                    exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
+                finally:
+                    await self._akeep(exchange)
+                return _astreamed(_aonly(exchange.said))
+            exchange.reader = _AsyncDeltas(inner)
+            return _astreamed(self._aread(exchange.reader, exchange), inner)
 
     @begun
     def _read(self, reader: _Deltas, exchange: _Exchange) -> Generator[str, None, None]:
@@ -333,6 +344,19 @@ class GuardedChatEngine(BaseChatEngine):
             exchange.ended = not exchange.refused
         finally:
             await self._akeep(exchange)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        # Two calls would write into one memory, of which neither could take back its own.
+        if not self._free.acquire(blocking=False):
+            raise GuardmwError(
+                "this chat engine is answering already: make one engine for each conversation, and wait"
+                " for its answer before you ask the next question or reset it"
+            )
+        try:
+            yield
+        finally:
+            self._free.release()
 
     def _go_on(self, exchange: _Exchange) -> None:
         # What came so far must not pass for the whole answer.
