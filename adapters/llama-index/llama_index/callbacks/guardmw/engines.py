@@ -32,6 +32,7 @@ from llama_index.core.query_engine import (
     RetrySourceQueryEngine,
     SQLJoinQueryEngine,
 )
+from llama_index.core.schema import BaseNode, NodeWithScore
 
 from guardmw import Blocked, Conversation, GuardmwError, Turn
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from llama_index.callbacks.guardmw._asked import Asked
     from llama_index.core.base.response.schema import RESPONSE_TYPE
     from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
-    from llama_index.core.schema import NodeWithScore, QueryBundle
+    from llama_index.core.schema import QueryBundle
     from llama_index.core.tools import ToolOutput
 
     from guardmw import Backend, Guard, Verdict
@@ -655,10 +656,11 @@ def _of_chat(response: object, asked: Asked) -> list[Conversation]:
 def _of_sources(
     response: AgentChatResponse | StreamingAgentChatResponse, asked: Asked, said: str = ""
 ) -> list[Conversation]:
-    """The nodes and tool outputs that come with a chat engine's answer."""
-    trials = _of_nodes(response.source_nodes)
+    """The nodes, notes and tool outputs that come with a chat engine's answer."""
+    nodes = response.source_nodes
+    trials = [*_of_nodes(nodes), *_of_metadata(getattr(response, "metadata", None) or {}, nodes, asked)]
     for source in response.sources:
-        trials += _of_source(source, response.source_nodes, asked)
+        trials += _of_source(source, nodes, asked)
     # Most of it is the question, the answer or the nodes once more.
     known = {_said(text, asked) for text in (said, asked.turns[-1].text, "")}
     return [trial for trial in dict.fromkeys(trials) if trial not in known]
@@ -680,13 +682,35 @@ def _of_source(source: ToolOutput, nodes: Sequence[NodeWithScore], asked: Asked)
 
 def _of_metadata(metadata: Mapping[str, Any], nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
     """What an engine notes beside its nodes, whose own is judged with them: the SQL that it wrote, the rows it read."""
-    known = {node.node_id for node in nodes}
-    if noted := texts_in({key: value for key, value in metadata.items() if key not in known}):
+    known = {node.node_id: node.metadata for node in nodes}
+    beside = {key: value for key, value in metadata.items() if key not in known or known[key] != value}
+    for key in [key for key, value in beside.items() if _are_nodes(value)]:
+        # Engines with pictures have their nodes here once more; a picture is no text.
+        yield from _of_nodes(beside.pop(key))
+    if noted := texts_in(beside):
         yield Conversation((*asked.context, Turn("tool", noted, name="metadata")))
 
 
+def _are_nodes(value: object) -> TypeGuard[list[NodeWithScore]]:
+    return isinstance(value, list) and all(isinstance(one, NodeWithScore) for one in value)
+
+
 def _of_nodes(nodes: Sequence[NodeWithScore]) -> list[Conversation]:
-    return [Conversation((turn_of_node(node),)) for node in nodes]
+    return [Conversation((_whole(node),)) for node in nodes]
+
+
+def _whole(node: NodeWithScore) -> Turn:
+    """A node as its caller has it: as a model reads it, and with the metadata that no model is shown."""
+    turn = turn_of_node(node)
+    texts = [turn.text]
+    behind: object = node.node
+    while isinstance(behind, BaseNode):
+        # A template may leave out what is not excluded, too.
+        hidden = {key: value for key, value in behind.metadata.items() if f"{key}: {value}" not in turn.text}
+        texts.append(texts_in(hidden))
+        behind = getattr(behind, "obj", None)
+        behind = behind.node if isinstance(behind, NodeWithScore) else behind
+    return replace(turn, text="\n".join(filter(None, texts)))
 
 
 def _said(text: str, asked: Asked) -> Conversation:
