@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
@@ -31,6 +32,7 @@ from llama_index.core.query_engine import (
     RetrySourceQueryEngine,
     SQLJoinQueryEngine,
 )
+from llama_index.core.schema import BaseNode, NodeWithScore
 
 from guardmw import Blocked, Conversation, GuardmwError, Turn
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from llama_index.callbacks.guardmw._asked import Asked
     from llama_index.core.base.response.schema import RESPONSE_TYPE
     from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
-    from llama_index.core.schema import NodeWithScore, QueryBundle
+    from llama_index.core.schema import QueryBundle
     from llama_index.core.tools import ToolOutput
 
     from guardmw import Backend, Guard, Verdict
@@ -85,7 +87,7 @@ def guard_chat_engine(
     memory, and does not block the next one. Answers are judged before anyone has them, and so are the nodes that come
     with them; the memory forgets what is withheld. A streamed answer goes out sentence by sentence, as it is judged;
     a block ends the engine's own reading of the stream. So do its closing, read or not, a reset and the next question;
-    to read on after these two raises ``guardmw.GuardmwError``.
+    to read on after these two raises ``guardmw.GuardmwError``, and so does a call while another one is under way.
 
     Args:
         engine: a chat engine. It is used, not copied: its memory is that of the conversation.
@@ -203,6 +205,11 @@ class GuardedChatEngine(BaseChatEngine):
         self._inner = inner
         self._gate = gate
         self._open: _Exchange | None = None
+        self._free = Lock()
+
+    def __reduce__(self) -> tuple[type[GuardedChatEngine], tuple[BaseChatEngine, Gate]]:
+        # The lock stays here, and so does an answer that is still being read.
+        return type(self), (self._inner, self._gate)
 
     @property
     def inner(self) -> BaseChatEngine:
@@ -211,8 +218,9 @@ class GuardedChatEngine(BaseChatEngine):
 
     def reset(self) -> None:
         """Forget the conversation; an answer that is still being read ends."""
-        self._before()
-        self._inner.reset()
+        with self._alone():
+            self._before()
+            self._inner.reset()
 
     @property
     def chat_history(self) -> list[ChatMessage]:
@@ -223,88 +231,92 @@ class GuardedChatEngine(BaseChatEngine):
     def chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
-        exchange = _Exchange(self._before(chat_history), message)
-        try:
-            self._gate.admit(exchange.asked)
-        except Blocked as blocked:
-            return AgentChatResponse(self._gate.instead(blocked, _more))
-        self._open = exchange
-        try:
-            response = self._inner.chat(message, chat_history)
-            enforced(self._gate.ready().screen_many(_of_chat(response, exchange.asked)))
-            exchange.ended = True
-        except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
-            exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
-            return AgentChatResponse(exchange.said)
-        finally:
-            self._keep(exchange)
-        return response
+        with self._alone():
+            exchange = _Exchange(self._before(chat_history), message)
+            try:
+                self._gate.admit(exchange.asked)
+            except Blocked as blocked:
+                return AgentChatResponse(self._gate.instead(blocked, _more))
+            self._open = exchange
+            try:
+                response = self._inner.chat(message, chat_history)
+                enforced(self._gate.ready().screen_many(_of_chat(response, exchange.asked)))
+                exchange.ended = True
+            except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
+                exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
+                return AgentChatResponse(exchange.said)
+            finally:
+                self._keep(exchange)
+            return response
 
     async def achat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
-        exchange = _Exchange(await self._abefore(chat_history), message)
-        try:
-            await self._gate.aadmit(exchange.asked)
-        except Blocked as blocked:
-            return AgentChatResponse(self._gate.instead(blocked, _more))
-        self._open = exchange
-        try:
-            response = await self._inner.achat(message, chat_history)
-            enforced(await (await self._gate.aready()).ascreen_many(_of_chat(response, exchange.asked)))
-            exchange.ended = True
-        except Exception as error:  # noqa: BLE001 - the same
-            exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
-            return AgentChatResponse(exchange.said)
-        finally:
-            await self._akeep(exchange)
-        return response
+        with self._alone():
+            exchange = _Exchange(await self._abefore(chat_history), message)
+            try:
+                await self._gate.aadmit(exchange.asked)
+            except Blocked as blocked:
+                return AgentChatResponse(self._gate.instead(blocked, _more))
+            self._open = exchange
+            try:
+                response = await self._inner.achat(message, chat_history)
+                enforced(await (await self._gate.aready()).ascreen_many(_of_chat(response, exchange.asked)))
+                exchange.ended = True
+            except Exception as error:  # noqa: BLE001 - the same
+                exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
+                return AgentChatResponse(exchange.said)
+            finally:
+                await self._akeep(exchange)
+            return response
 
     def stream_chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
-        exchange = _Exchange(self._before(chat_history), message)
-        try:
-            self._gate.admit(exchange.asked)
-        except Blocked as blocked:
-            return _streamed(_only(self._gate.instead(blocked, _more)))
-        self._open, inner = exchange, None
-        try:
-            inner = self._inner.stream_chat(message, chat_history)
-            enforced(self._gate.ready().screen_many(_of_sources(inner, exchange.asked)))
-        except BaseException as error:  # noqa: BLE001 - the same
-            if inner is not None:
-                _Deltas(inner).close()
+        with self._alone():
+            exchange = _Exchange(self._before(chat_history), message)
             try:
-                exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
-            finally:
-                self._keep(exchange)
-            return _streamed(_only(exchange.said))
-        exchange.reader = _Deltas(inner)
-        return _streamed(self._read(exchange.reader, exchange), inner)
+                self._gate.admit(exchange.asked)
+            except Blocked as blocked:
+                return _streamed(_only(self._gate.instead(blocked, _more)))
+            self._open, inner = exchange, None
+            try:
+                inner = self._inner.stream_chat(message, chat_history)
+                enforced(self._gate.ready().screen_many(_of_sources(inner, exchange.asked)))
+            except BaseException as error:  # noqa: BLE001 - the same
+                if inner is not None:
+                    _Deltas(inner).close()
+                try:
+                    exchange.said = self._gate.instead(self._gate.failure(error, exchange.asked.context), _more)
+                finally:
+                    self._keep(exchange)
+                return _streamed(_only(exchange.said))
+            exchange.reader = _Deltas(inner)
+            return _streamed(self._read(exchange.reader, exchange), inner)
 
     async def astream_chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
-        exchange = _Exchange(await self._abefore(chat_history), message)
-        try:
-            await self._gate.aadmit(exchange.asked)
-        except Blocked as blocked:
-            return _astreamed(_aonly(self._gate.instead(blocked, _more)))
-        self._open, inner = exchange, None
-        try:
-            inner = await self._inner.astream_chat(message, chat_history)
-            enforced(await (await self._gate.aready()).ascreen_many(_of_sources(inner, exchange.asked)))
-        except BaseException as error:  # noqa: BLE001 - the same
-            if inner is not None:
-                await _AsyncDeltas(inner).aclose()
+        with self._alone():
+            exchange = _Exchange(await self._abefore(chat_history), message)
             try:
-                exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
-            finally:
-                await self._akeep(exchange)
-            return _astreamed(_aonly(exchange.said))
-        exchange.reader = _AsyncDeltas(inner)
-        return _astreamed(self._aread(exchange.reader, exchange), inner)
+                await self._gate.aadmit(exchange.asked)
+            except Blocked as blocked:
+                return _astreamed(_aonly(self._gate.instead(blocked, _more)))
+            self._open, inner = exchange, None
+            try:
+                inner = await self._inner.astream_chat(message, chat_history)
+                enforced(await (await self._gate.aready()).ascreen_many(_of_sources(inner, exchange.asked)))
+            except BaseException as error:  # noqa: BLE001 - the same
+                if inner is not None:
+                    await _AsyncDeltas(inner).aclose()
+                try:
+                    exchange.said = self._gate.instead(await self._gate.afailure(error, exchange.asked.context), _more)
+                finally:
+                    await self._akeep(exchange)
+                return _astreamed(_aonly(exchange.said))
+            exchange.reader = _AsyncDeltas(inner)
+            return _astreamed(self._aread(exchange.reader, exchange), inner)
 
     @begun
     def _read(self, reader: _Deltas, exchange: _Exchange) -> Generator[str, None, None]:
@@ -333,6 +345,19 @@ class GuardedChatEngine(BaseChatEngine):
             exchange.ended = not exchange.refused
         finally:
             await self._akeep(exchange)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        # Two calls would write into one memory, of which neither could take back its own.
+        if not self._free.acquire(blocking=False):
+            raise GuardmwError(
+                "this chat engine is answering already: make one engine for each conversation, and wait"
+                " for its answer before you ask the next question or reset it"
+            )
+        try:
+            yield
+        finally:
+            self._free.release()
 
     def _go_on(self, exchange: _Exchange) -> None:
         # What came so far must not pass for the whole answer.
@@ -631,10 +656,11 @@ def _of_chat(response: object, asked: Asked) -> list[Conversation]:
 def _of_sources(
     response: AgentChatResponse | StreamingAgentChatResponse, asked: Asked, said: str = ""
 ) -> list[Conversation]:
-    """The nodes and tool outputs that come with a chat engine's answer."""
-    trials = _of_nodes(response.source_nodes)
+    """The nodes, notes and tool outputs that come with a chat engine's answer."""
+    nodes = response.source_nodes
+    trials = [*_of_nodes(nodes), *_of_metadata(getattr(response, "metadata", None) or {}, nodes, asked)]
     for source in response.sources:
-        trials += _of_source(source, response.source_nodes, asked)
+        trials += _of_source(source, nodes, asked)
     # Most of it is the question, the answer or the nodes once more.
     known = {_said(text, asked) for text in (said, asked.turns[-1].text, "")}
     return [trial for trial in dict.fromkeys(trials) if trial not in known]
@@ -656,13 +682,35 @@ def _of_source(source: ToolOutput, nodes: Sequence[NodeWithScore], asked: Asked)
 
 def _of_metadata(metadata: Mapping[str, Any], nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
     """What an engine notes beside its nodes, whose own is judged with them: the SQL that it wrote, the rows it read."""
-    known = {node.node_id for node in nodes}
-    if noted := texts_in({key: value for key, value in metadata.items() if key not in known}):
+    known = {node.node_id: node.metadata for node in nodes}
+    beside = {key: value for key, value in metadata.items() if key not in known or known[key] != value}
+    for key in [key for key, value in beside.items() if _are_nodes(value)]:
+        # Engines with pictures have their nodes here once more; a picture is no text.
+        yield from _of_nodes(beside.pop(key))
+    if noted := texts_in(beside):
         yield Conversation((*asked.context, Turn("tool", noted, name="metadata")))
 
 
+def _are_nodes(value: object) -> TypeGuard[list[NodeWithScore]]:
+    return isinstance(value, list) and all(isinstance(one, NodeWithScore) for one in value)
+
+
 def _of_nodes(nodes: Sequence[NodeWithScore]) -> list[Conversation]:
-    return [Conversation((turn_of_node(node),)) for node in nodes]
+    return [Conversation((_whole(node),)) for node in nodes]
+
+
+def _whole(node: NodeWithScore) -> Turn:
+    """A node as its caller has it: as a model reads it, and with the metadata that no model is shown."""
+    turn = turn_of_node(node)
+    texts = [turn.text]
+    behind: object = node.node
+    while isinstance(behind, BaseNode):
+        # A template may leave out what is not excluded, too.
+        hidden = {key: value for key, value in behind.metadata.items() if f"{key}: {value}" not in turn.text}
+        texts.append(texts_in(hidden))
+        behind = getattr(behind, "obj", None)
+        behind = behind.node if isinstance(behind, NodeWithScore) else behind
+    return replace(turn, text="\n".join(filter(None, texts)))
 
 
 def _said(text: str, asked: Asked) -> Conversation:

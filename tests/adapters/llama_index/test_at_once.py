@@ -1,0 +1,139 @@
+"""A chat engine answers one call at a time, so that no answer that is withheld stays in its memory."""
+
+# Fakes are what they stand in for.
+# ruff: noqa: D102, D103
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from llama_index.callbacks.guardmw import guard_chat_engine
+from llama_index.core.base.llms.types import ChatResponse, CompletionResponse, LLMMetadata
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.chat_engine import SimpleChatEngine
+from llama_index.core.llms import CustomLLM, MockLLM
+from llama_index.core.memory import ChatMemoryBuffer
+
+from guardmw import Blocked, GuardmwError
+from guardmw.testing import KeywordBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from llama_index.core.base.llms.types import ChatMessage
+
+    from guardmw import Conversation, Scores
+
+
+class Slow(CustomLLM):
+    """Answers the first question, harmfully, when it is let."""
+
+    _asked: Event = PrivateAttr(default_factory=Event)
+    _let: Event = PrivateAttr(default_factory=Event)
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        return LLMMetadata()
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        if "two" in prompt:
+            return CompletionResponse(text="Fine.")
+        self._asked.set()
+        self._let.wait(10)
+        return CompletionResponse(text="EVIL")
+
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        return await asyncio.to_thread(self.chat, messages)
+
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        answer = self.complete(prompt).text
+        yield CompletionResponse(text=answer, delta=answer)
+
+
+class Yielding(KeywordBackend):
+    """Judges when the event loop has gone on."""
+
+    async def aclassify(self, conversations: Sequence[Conversation]) -> list[Scores]:
+        await asyncio.sleep(0)
+        return self.classify(conversations)
+
+
+def guarded(llm: Any) -> Any:
+    engine = SimpleChatEngine.from_defaults(llm=llm, memory=ChatMemoryBuffer.from_defaults())
+    return guard_chat_engine(engine, Yielding({"EVIL": 0.99}))
+
+
+async def test_of_two_questions_at_once_the_second_is_not_asked() -> None:
+    """Both begin before either is admitted; what the first has of harm is in no memory."""
+    engine = guarded(llm := Slow())
+    llm._let.set()
+    first, second = await asyncio.gather(engine.achat("one"), engine.achat("two"), return_exceptions=True)
+    assert isinstance(first, Blocked)
+    assert isinstance(second, GuardmwError)
+    assert "one engine for each conversation" in str(second)
+    assert engine.chat_history == engine.inner.chat_history == []
+    assert (await engine.achat("two")).response == "Fine."
+    assert [message.content for message in engine.chat_history] == ["two", "Fine."]
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [
+        lambda engine: engine.chat("two"),
+        lambda engine: engine.stream_chat("two"),
+        lambda engine: asyncio.run(engine.achat("two")),
+        lambda engine: asyncio.run(engine.astream_chat("two")),
+        lambda engine: engine.reset(),
+    ],
+    ids=["chat", "stream_chat", "achat", "astream_chat", "reset"],
+)
+def test_nothing_comes_between_a_question_and_its_answer(interrupt: Callable[[Any], Any]) -> None:
+    """Neither from another thread; and afterwards the engine goes on."""
+    engine = guarded(llm := Slow())
+    raised: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            engine.chat("one")
+        except Blocked as blocked:
+            raised.append(blocked)
+
+    asking = Thread(target=ask)
+    asking.start()
+    llm._asked.wait(10)
+    try:
+        with pytest.raises(GuardmwError, match="answering already"):
+            interrupt(engine)
+    finally:
+        llm._let.set()
+        asking.join()
+    assert len(raised) == 1
+    assert engine.chat_history == engine.inner.chat_history == []
+    engine.reset()
+    assert engine.chat("two").response == "Fine."
+
+
+async def test_a_call_that_is_cancelled_leaves_the_engine_free() -> None:
+    """For the next question."""
+    engine = guarded(llm := Slow())
+    asking = asyncio.create_task(engine.achat("one"))
+    await asyncio.to_thread(llm._asked.wait, 10)
+    asking.cancel()
+    llm._let.set()
+    await asyncio.gather(asking, return_exceptions=True)
+    assert asking.cancelled()
+    assert (await engine.achat("two")).response == "Fine."
+
+
+def test_a_guarded_chat_engine_goes_to_another_process() -> None:
+    """With its memory, and guarded there."""
+    engine = guarded(MockLLM())
+    engine.chat("What?")
+    arrived = pickle.loads(pickle.dumps(engine))  # noqa: S301
+    assert [message.content for message in arrived.chat_history] == [message.content for message in engine.chat_history]
+    with pytest.raises(Blocked):
+        arrived.chat("EVIL")
