@@ -29,7 +29,18 @@ PIECES = (TEXT, _THINKING)
 """What models send piece by piece; other things they send, if more than once, as they are by then."""
 
 # What stands beside the text of a message: identifiers, which nobody reads, and what is read elsewhere or is a picture.
-_MARKS = ("id", "call_id", "tool_call_id", "response_id", "type", "index", "status", "finish_reason", "stop_reason")
+_MARKS = (
+    "id",
+    "call_id",
+    "tool_call_id",
+    "response_id",
+    "type",
+    "block_type",
+    "index",
+    "status",
+    "finish_reason",
+    "stop_reason",
+)
 _MARK = re.compile(r"[!-~]{0,64}")
 _SIGNATURE = re.compile(r"[!-~]*")
 _ELSEWHERE = ("tool_calls", "function_call", "images")
