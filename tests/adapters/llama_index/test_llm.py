@@ -39,6 +39,7 @@ from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextC
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.llms.mock import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
@@ -980,6 +981,16 @@ def test_a_wrong_argument_says_what_is_right(wrap: Callable[..., Any]) -> None:
         wrap(Fake(), 1)
     with pytest.raises(ValueError, match="on_block is one of 'raise', 'refuse'"):
         wrap(Fake(), Witness(), on_block="drop")
+
+
+def test_a_guarded_llm_says_where_the_options_are() -> None:
+    """Of what neither has it says no more than any object."""
+    llm = guard_llm(MockLLM(max_tokens=3), Witness())
+    with pytest.raises(AttributeError, match=r"read it from llm\.inner\.max_tokens"):
+        _ = llm.max_tokens  # type: ignore[attr-defined]
+    assert llm.inner.max_tokens == 3  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="has no attribute 'nonesuch'"):
+        _ = llm.nonesuch  # type: ignore[attr-defined]
 
 
 class Thing(BaseModel):
