@@ -128,6 +128,8 @@ EITHER_CALL = pytest.mark.parametrize("chunk", [called, called_beside])
         ['{"cmd": "', "BA", 'D"}'],
         ['{"', "BA", "D"],
         ['{"cmd": "B\\u00', '41D"}'],
+        ['{"cmd": "B\\u00', "41D"],
+        ['{"cmd": "B', '{"cmd": "B\\u0041', '{"cmd": "B\\u0041D'],
     ],
 )
 def test_arguments_that_come_in_pieces_are_judged_as_a_whole(chunk: Any, ids: list[Any], pieces: list[str]) -> None:
@@ -162,3 +164,17 @@ def test_calls_that_come_whole_are_read_once(chunk: Any) -> None:
     chunks = [chunk(json.dumps({"cmd": cmd}), cmd) for cmd in ("milk", "eggs")]
     assert list(guard_llm(Saying.of(chunks), witness := Witness()).stream_chat([ChatMessage(content="hi")])) == chunks
     assert witness.read == ['run {"cmd": "milk"}\nrun {"cmd": "eggs"}']
+
+
+@EITHER_CALL
+def test_arguments_without_their_end_are_read_as_they_will_be(chunk: Any) -> None:
+    """A whole answer's, too, and half of a character that is written as two."""
+
+    class Once(Saying):
+        def chat(self, messages: Any, **kwargs: Any) -> Any:
+            return self._chunks[0]
+
+    given = chunk('{"cmd": "\\ud83d B\\u0041D', "1")
+    with pytest.raises(Blocked):
+        guard_llm(Once.of([given]), Witness("BAD")).chat([ChatMessage(content="hi")])
+    assert guard_llm(Once.of([given]), Witness()).chat([ChatMessage(content="hi")]) == given

@@ -7,7 +7,16 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llama_index.callbacks.guardmw._parts import CALLS, MEDIA, PIECES, TEXT, Channel, parts_of_answer
+from llama_index.callbacks.guardmw._parts import (
+    CALLS,
+    MEDIA,
+    PIECES,
+    TEXT,
+    Channel,
+    parts_of_answer,
+    spelled_out,
+    unescaped,
+)
 from llama_index.callbacks.guardmw._turns import tool_calls
 from llama_index.callbacks.guardmw._verdicts import strictest, tell, withholds
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
@@ -135,7 +144,8 @@ class _Stream:
         """A piece of its text on trial; or its tool calls, by now complete."""
         turn = self._part.turn
         if self._calls:
-            return replace(turn, text="\n".join((*self._rest, *self._joined())), tool_calls=tuple(self._calls))
+            text = "\n".join((*self._rest, *self._joined()))
+            return spelled_out(replace(turn, text=text, tool_calls=tuple(self._calls)))
         if self._media:
             return replace(turn, media=tuple(self._media))
         return replace(turn, text=text)
@@ -204,14 +214,14 @@ class _Stream:
                 return False
         if pieces is None:
             pieces = self._pieces[key] = _Stream(in_pieces=True)
-        return bool(pieces._add_content(text, said=False))  # noqa: SLF001 - its own class's
+        return bool(pieces._add_content(text, said=False))
 
     def _joined(self) -> Iterator[str]:
         """What arguments that came in pieces come to."""
         said = {call.arguments for call in self._calls if isinstance(call.arguments, str)}
         for pieces in self._pieces.values():
             if pieces.text not in said:
-                yield from map(str, tool_calls([{"arguments": pieces.text}]))
+                yield from (unescaped(str(call)) for call in tool_calls([{"arguments": pieces.text}]))
 
 
 def _is_later(before: ToolCall, call: ToolCall) -> bool:
