@@ -178,3 +178,11 @@ def test_arguments_without_their_end_are_read_as_they_will_be(chunk: Any) -> Non
     with pytest.raises(Blocked):
         guard_llm(Once.of([given]), Witness("BAD")).chat([ChatMessage(content="hi")])
     assert guard_llm(Once.of([given]), Witness()).chat([ChatMessage(content="hi")]) == given
+
+
+@EITHER_CALL
+def test_arguments_in_pieces_are_read_joined_and_no_more_than_the_last_alone(chunk: Any) -> None:
+    """The name of the tool is not read with every piece."""
+    chunks = [chunk(piece, "1") for piece in ('{"cmd": ', '"milk ', "and ", 'eggs"}')]
+    assert list(guard_llm(Saying.of(chunks), witness := Witness()).stream_chat([ChatMessage(content="hi")])) == chunks
+    assert witness.read == ['{"cmd": "milk and eggs"}\nrun eggs"}']

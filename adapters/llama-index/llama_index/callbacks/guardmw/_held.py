@@ -190,7 +190,9 @@ class _Stream:
             elif self._calls[at] == call:
                 continue
             else:
-                if not _grew(before := self._calls[at], call):
+                before = self._calls[at]
+                joined = isinstance(before.arguments, str) and before.name == call.name
+                if not joined and not _grew(before, call):
                     self._rest.append(str(before))
                 self._calls[at] = call
             changed = True
