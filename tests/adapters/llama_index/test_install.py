@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import pytest
 from llama_index.callbacks.guardmw import install
 from llama_index.core import Settings
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
+from llama_index_instrumentation import get_dispatcher
 
 from guardmw import Blocked
 from guardmw.testing import KeywordBackend
@@ -37,13 +40,43 @@ def test_guards_the_llm_of_settings_and_puts_back_what_was_there(make_llm: Calla
 
 def test_a_guard_that_was_installed_later_stays(make_llm: Callable[..., LLM]) -> None:
     """Also where the first one made the callback manager, and goes first."""
-    Settings.llm, Settings._callback_manager = make_llm(), None
+    llm = Settings.llm = make_llm()
+    Settings._callback_manager = None
     first, second = install(KEYWORD), install(KEYWORD)
     first.uninstall()
     assert Settings.callback_manager.handlers == [second.handler]
     assert Settings.llm is second.llm
     second.uninstall()
     assert Settings.callback_manager.handlers == []
+    assert Settings.llm is llm
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_guards_that_are_taken_away_in_any_order_leave_what_was_there(
+    order: tuple[int, ...], make_llm: Callable[..., LLM]
+) -> None:
+    """Also twice, and however many there are."""
+    llm = Settings.llm = make_llm()
+    installed = [install(KEYWORD) for _ in order]
+    for at in order:
+        installed[at].uninstall()
+        installed[at].uninstall()
+    assert Settings.llm is llm
+
+
+def test_nobody_looks_out_for_llms_once_the_last_handler_is_gone(make_llm: Callable[..., LLM]) -> None:
+    """The dispatcher has the span handlers again that it had."""
+    gc.collect()
+    root, Settings.llm = get_dispatcher(), make_llm()
+
+    def looking() -> bool:
+        return any(handler.class_name() == "GuardmwLookout" for handler in root.span_handlers)
+
+    first, second = install(KEYWORD), install(KEYWORD)
+    first.uninstall()
+    assert looking()
+    second.uninstall()
+    assert not looking()
 
 
 def test_says_what_it_does_not_cover() -> None:

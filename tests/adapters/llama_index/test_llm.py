@@ -39,6 +39,7 @@ from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextC
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.llms.mock import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
@@ -57,6 +58,11 @@ SENTENCES = [f"This is sentence number {at} of a long and harmless answer. " for
 SAFE = "".join(SENTENCES).strip()
 UNSAFE = "".join([*SENTENCES[:3], "Here comes the EVIL part. ", *SENTENCES[3:]]).strip()
 QUESTION = "What is it?"
+# In German, with a letter that is two characters, a flag that is two, and a family that is seven.
+FOREIGN_SENTENCES = [f"Satz Nummer {at}: 👩\u200d👩\u200d👧\u200d👦 mo\u0308gen Käse aus 🇩🇪 sehr. " for at in range(9)]
+FOREIGN_SAFE = "".join(FOREIGN_SENTENCES).strip()
+FOREIGN_WORD = "U\u0308BELTÄTER"
+FOREIGN_UNSAFE = "".join([*FOREIGN_SENTENCES[:3], f"Hier kommt der {FOREIGN_WORD}. ", *FOREIGN_SENTENCES[3:]]).strip()
 
 
 class Witness(KeywordBackend):
@@ -64,6 +70,7 @@ class Witness(KeywordBackend):
 
     def __init__(self, word: str = "EVIL") -> None:
         super().__init__({word: 0.99})
+        self.word = word
         self.asked: list[Conversation] = []
 
     def classify(self, conversations: Sequence[Conversation]) -> list[Scores]:
@@ -79,7 +86,7 @@ class Witness(KeywordBackend):
         covered = 0
         for trial in [conversation.trial for conversation in self.asked]:
             start = text.find(trial)
-            if 0 <= start <= covered and trial and "EVIL" not in trial:
+            if 0 <= start <= covered and trial and self.word not in trial:
                 covered = max(covered, start + len(trial))
         return covered
 
@@ -89,11 +96,13 @@ class Source:
     """What a model says, and what became of it.
 
     Attributes:
+        cut: what of the text a chunk adds.
         pace: seconds that it takes for a chunk.
     """
 
     text: str = SAFE
     shape: str = "cumulative"
+    cut: str = r"\S+\s*"
     asked: int = 0
     sent: int = 0
     closed: bool = False
@@ -106,7 +115,7 @@ class Source:
         made: list[ChatResponse] = []
         so_far = ""
         shared = ChatMessage(role="assistant", content="")
-        for word in re.findall(r"\S+\s*", self.text):
+        for word in re.findall(self.cut, self.text):
             so_far += word
             message, extra, delta = ChatMessage(role="assistant", content=so_far), {}, word
             if self.shape == "piece":
@@ -573,8 +582,68 @@ async def test_what_is_safe_is_as_the_model_said_it(path: str) -> None:
             await waiting
     assert guarded.out == unguarded.out
     assert SAFE in guarded.out
-    same = [re.sub(r"tool_id='[^']*'|id_='[^']*'", "", one) for one in unguarded.seen]
-    assert [re.sub(r"tool_id='[^']*'|id_='[^']*'", "", one) for one in guarded.seen] == same
+    assert _without_ids(guarded.seen) == _without_ids(unguarded.seen)
+
+
+def _without_ids(seen: list[str]) -> list[str]:
+    return [re.sub(r"tool_id='[^']*'|id_='[^']*'", "", one) for one in seen]
+
+
+# Every second character, or so: within letters, flags and families.
+INSIDE = r"(?s)..?"
+
+
+@EVERY_PATH
+async def test_text_that_is_cut_within_its_letters_is_judged_whole_and_passes_as_it_is(path: str) -> None:
+    """Of a language and of signs that are several characters each."""
+    source = Source(said(path, FOREIGN_UNSAFE), cut=INSIDE)
+    assert any(chunk.delta[0] in "\u0308\u200d" for chunk in source.chunks() if chunk.delta)
+    watch = Watch(source.text, witness=Witness(FOREIGN_WORD))
+    assert await until_blocked(PATHS[path], guard_llm(Fake.of(source), watch.witness), watch)
+    assert watch.leaked == 0
+    assert FOREIGN_WORD not in "".join(watch.seen)
+    safe = Source(said(path, FOREIGN_SAFE), cut=INSIDE)
+    watch = Watch(safe.text, witness=Witness(FOREIGN_WORD))
+    assert await until_blocked(PATHS[path], guard_llm(Fake.of(safe), watch.witness), watch) is None
+    assert watch.leaked == 0
+    assert watch.out.removeprefix(said(path, "")).encode() == FOREIGN_SAFE.encode()
+
+
+class Once(Source):
+    """Says it in its shape, and to the next question something else, plainly."""
+
+    def chunks(self) -> list[ChatResponse]:
+        return super().chunks() if self.asked <= 1 else Source("That is noted.").chunks()
+
+
+def remembered(engine: Any, watch: Watch) -> None:
+    """Ask a chat engine, and look into its memory, too."""
+    try:
+        engine_stream_chat(engine, watch)
+    finally:
+        watch.seen.append(repr(engine.chat_history))
+
+
+@pytest.mark.parametrize(
+    ("make", "way"), [(lambda llm: function_agent(llm, streaming=True), run_agent), (simple, remembered)]
+)
+@pytest.mark.parametrize("shape", ["thinking", "tool call"])
+@pytest.mark.parametrize("word", ["EVIL", FOREIGN_WORD])
+async def test_whatever_form_an_agent_or_an_engine_meets(
+    make: Callable[[Any], Any], way: Way, shape: str, word: str
+) -> None:
+    """Nobody sees of it what is withheld, and it is the same when it is safe."""
+    unsafe, safe, cut = (UNSAFE, SAFE, r"\S+\s*") if word == "EVIL" else (FOREIGN_UNSAFE, FOREIGN_SAFE, INSIDE)
+    watch = Watch(unsafe, witness=Witness(word))
+    assert await until_blocked(_through(make, way), guard_llm(Fake.of(Once(unsafe, shape, cut)), watch.witness), watch)
+    assert not re.search("EVIL|BELT", "".join(watch.seen))
+    bare, guarded = Watch(safe), Watch(safe, witness=Witness(word))
+    await until_blocked(_through(make, way), Fake.of(Once(safe, shape, cut)), bare)
+    llm = guard_llm(Fake.of(Once(safe, shape, cut)), guarded.witness)
+    assert await until_blocked(_through(make, way), llm, guarded) is None
+    assert _without_ids(guarded.seen) == _without_ids(bare.seen)
+    if way is run_agent:
+        assert re.search("umber 8|ummer 8", "".join(guarded.seen))
 
 
 @dataclass
@@ -980,6 +1049,16 @@ def test_a_wrong_argument_says_what_is_right(wrap: Callable[..., Any]) -> None:
         wrap(Fake(), 1)
     with pytest.raises(ValueError, match="on_block is one of 'raise', 'refuse'"):
         wrap(Fake(), Witness(), on_block="drop")
+
+
+def test_a_guarded_llm_says_where_the_options_are() -> None:
+    """Of what neither has it says no more than any object."""
+    llm = guard_llm(MockLLM(max_tokens=3), Witness())
+    with pytest.raises(AttributeError, match=r"read it from llm\.inner\.max_tokens"):
+        _ = llm.max_tokens  # type: ignore[attr-defined]
+    assert llm.inner.max_tokens == 3  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="has no attribute 'nonesuch'"):
+        _ = llm.nonesuch  # type: ignore[attr-defined]
 
 
 class Thing(BaseModel):

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from llama_index.callbacks.guardmw import guard_llm
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, ThinkingBlock
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, ThinkingBlock, ToolCallBlock
 from llama_index.core.bridge.pydantic import BaseModel, PrivateAttr
 from llama_index.core.llms import MockLLM
 from llama_index.core.prompts import PromptTemplate
@@ -100,3 +101,88 @@ def test_a_field_that_stays_as_it_is_is_read_once() -> None:
     llm = guard_llm(Saying.of(things), witness := Witness())
     assert list(llm.stream_structured_predict(Thing, PromptTemplate("give"))) == things
     assert sorted(witness.read) == ["milk", "to drink"]
+
+
+def called(piece: str, of: str | None) -> ChatResponse:
+    """A chunk of a tool call."""
+    block = ToolCallBlock(tool_call_id=of, tool_name="run", tool_kwargs=piece)
+    return ChatResponse(message=ChatMessage(role="assistant", blocks=[block]))
+
+
+def called_beside(piece: str, of: str | None) -> ChatResponse:
+    """A chunk of a tool call, in a provider's own form."""
+    beside = {"tool_calls": [{"id": of, "function": {"name": "run", "arguments": piece}}]}
+    return ChatResponse(message=ChatMessage(role="assistant", additional_kwargs=beside))
+
+
+EITHER_CALL = pytest.mark.parametrize("chunk", [called, called_beside])
+
+
+@EITHER_CALL
+@pytest.mark.parametrize("ids", [["1", "1", "1"], [None, None, None], ["1", None, None]])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ['{"cmd": "B', 'AD"}'],
+        ['{"', 'cmd": "BA', 'D"}'],
+        ['{"cmd": "', "BA", 'D"}'],
+        ['{"', "BA", "D"],
+        ['{"cmd": "B\\u00', '41D"}'],
+        ['{"cmd": "B\\u00', "41D"],
+        ['{"cmd": "B', '{"cmd": "B\\u0041', '{"cmd": "B\\u0041D'],
+    ],
+)
+def test_arguments_that_come_in_pieces_are_judged_as_a_whole(chunk: Any, ids: list[Any], pieces: list[str]) -> None:
+    """Whether a piece names its call or not."""
+    chunks = [chunk(piece, of) for piece, of in zip(pieces, ids, strict=False)]
+    with pytest.raises(Blocked):
+        list(guard_llm(Saying.of(chunks), Witness("BAD")).stream_chat([ChatMessage(content="hi")]))
+    assert list(guard_llm(Saying.of(chunks), Witness()).stream_chat([ChatMessage(content="hi")])) == chunks
+
+
+@EITHER_CALL
+def test_a_piece_of_arguments_that_comes_twice_counts_twice(chunk: Any) -> None:
+    """As in a text."""
+    chunks = [chunk(piece, "1") for piece in ('{"cmd": "', "ga", "ga", '"}')]
+    with pytest.raises(Blocked):
+        list(guard_llm(Saying.of(chunks), Witness("gaga")).stream_chat([ChatMessage(content="hi")]))
+
+
+@EITHER_CALL
+@pytest.mark.parametrize("of", ["1", None])
+def test_arguments_that_grow_are_read_once(chunk: Any, of: str | None) -> None:
+    """However many chunks say them again, and nothing of a call but its name and arguments is read."""
+    whole = json.dumps({"cmd": " ".join(f"word{at}" for at in range(40))})
+    chunks = [chunk(whole[:end], of) for end in range(3, len(whole) + 1)]
+    assert list(guard_llm(Saying.of(chunks), witness := Witness()).stream_chat([ChatMessage(content="hi")])) == chunks
+    assert witness.read == [f"run {whole}"]
+
+
+@EITHER_CALL
+def test_calls_that_come_whole_are_read_once(chunk: Any) -> None:
+    """One after the other."""
+    chunks = [chunk(json.dumps({"cmd": cmd}), cmd) for cmd in ("milk", "eggs")]
+    assert list(guard_llm(Saying.of(chunks), witness := Witness()).stream_chat([ChatMessage(content="hi")])) == chunks
+    assert witness.read == ['run {"cmd": "milk"}\nrun {"cmd": "eggs"}']
+
+
+@EITHER_CALL
+def test_arguments_without_their_end_are_read_as_they_will_be(chunk: Any) -> None:
+    """A whole answer's, too, and half of a character that is written as two."""
+
+    class Once(Saying):
+        def chat(self, messages: Any, **kwargs: Any) -> Any:
+            return self._chunks[0]
+
+    given = chunk('{"cmd": "\\ud83d B\\u0041D', "1")
+    with pytest.raises(Blocked):
+        guard_llm(Once.of([given]), Witness("BAD")).chat([ChatMessage(content="hi")])
+    assert guard_llm(Once.of([given]), Witness()).chat([ChatMessage(content="hi")]) == given
+
+
+@EITHER_CALL
+def test_arguments_in_pieces_are_read_joined_and_no_more_than_the_last_alone(chunk: Any) -> None:
+    """The name of the tool is not read with every piece."""
+    chunks = [chunk(piece, "1") for piece in ('{"cmd": ', '"milk ', "and ", 'eggs"}')]
+    assert list(guard_llm(Saying.of(chunks), witness := Witness()).stream_chat([ChatMessage(content="hi")])) == chunks
+    assert witness.read == ['{"cmd": "milk and eggs"}\nrun eggs"}']

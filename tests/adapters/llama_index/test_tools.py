@@ -668,6 +668,15 @@ async def test_what_a_tool_raises_is_judged_before_a_model_reads_it(way: Way, wo
     assert (output.content, output.is_error) == (WITHHELD, True)
 
 
+@WAYS
+async def test_what_the_failure_of_a_tool_came_of_is_judged_too(way: Way, world: World) -> None:
+    """Whoever prints it sees that."""
+    failure = ValueError("no such thing")
+    failure.__cause__ = RuntimeError("EVIL")
+    world.results["hi"] = failure
+    assert (await way(guard_tool(function_tool(world), EVIL), "hi")).content == WITHHELD
+
+
 async def test_an_agent_goes_on_after_a_tool_has_failed(world: World) -> None:
     """As without a guard."""
     world.results["hi"] = ValueError("no such thing")
@@ -864,6 +873,8 @@ def test_what_is_flagged_passes_and_is_told(world: World, caplog: pytest.LogCapt
 
 def test_wrong_options_are_named(world: World) -> None:
     """When the tool is made."""
+    with pytest.raises(TypeError, match=r"give a list of tools, not one function: guard_tool\(\)"):
+        guard_tools(rules)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="give a tool or a function, not str"):
         guard_tool("act", EVIL)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="give a Guard"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed
 from llama_index.callbacks.guardmw._held import Held, leaves_review
-from llama_index.callbacks.guardmw._parts import parts_of_answer
+from llama_index.callbacks.guardmw._parts import parts_of_answer, spelled_out
 from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced, said_by, strictest, tell, withhold
 from llama_index.core.callbacks import CallbackManager
 
@@ -298,7 +298,7 @@ def _unless_withheld(error: BaseException, verdicts: Sequence[Verdict]) -> BaseE
 def _trials(answer: object, context: Sequence[Turn]) -> list[Conversation]:
     trials = []
     for part in parts_of_answer(answer):
-        turn = part.turn
+        turn = spelled_out(part.turn)
         # What was not streamed may name as new what it says anyway.
         if part.delta and part.delta not in turn.text:
             turn = Turn(turn.role, turn.text + part.delta, name=turn.name)

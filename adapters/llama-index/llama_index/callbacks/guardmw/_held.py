@@ -7,7 +7,17 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llama_index.callbacks.guardmw._parts import CALLS, MEDIA, PIECES, TEXT, Channel, parts_of_answer
+from llama_index.callbacks.guardmw._parts import (
+    CALLS,
+    MEDIA,
+    PIECES,
+    TEXT,
+    Channel,
+    parts_of_answer,
+    spelled_out,
+    unescaped,
+)
+from llama_index.callbacks.guardmw._turns import tool_calls
 from llama_index.callbacks.guardmw._verdicts import strictest, tell, withholds
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 
@@ -114,6 +124,8 @@ class _Stream:
         self._grew = False
         self._calls: list[ToolCall] = []
         self._rest: list[str] = []
+        self._pieces: dict[str | int, _Stream] = {}
+        self._ids: dict[int, str | int] = {}
         self._media: dict[str, None] = {}
 
     def add(self, part: Part) -> str:
@@ -132,7 +144,8 @@ class _Stream:
         """A piece of its text on trial; or its tool calls, by now complete."""
         turn = self._part.turn
         if self._calls:
-            return replace(turn, text="\n".join(self._rest), tool_calls=tuple(self._calls))
+            text = "\n".join((*self._rest, *self._joined()))
+            return spelled_out(replace(turn, text=text, tool_calls=tuple(self._calls)))
         if self._media:
             return replace(turn, media=tuple(self._media))
         return replace(turn, text=text)
@@ -169,19 +182,48 @@ class _Stream:
     def _add_calls(self, calls: Sequence[ToolCall]) -> str:
         """Arguments grow from chunk to chunk, or every chunk has calls of its own."""
         changed = False
-        for call in calls:
+        for place, call in enumerate(calls):
+            changed |= self._add_arguments(call, place)
             at = next((at for at, before in enumerate(self._calls) if _is_later(before, call)), None)
             if at is None:
                 self._calls.append(call)
             elif self._calls[at] == call:
                 continue
             else:
-                if not _grew(before := self._calls[at], call):
+                before = self._calls[at]
+                joined = isinstance(before.arguments, str) and before.name == call.name
+                if not joined and not _grew(before, call):
                     self._rest.append(str(before))
                 self._calls[at] = call
             changed = True
         # Judged is what has come together at the end; the text only says that there is something to judge.
         return "." if changed else ""
+
+    def _add_arguments(self, call: ToolCall, place: int) -> bool:
+        """Join arguments that do not parse yet, which may be pieces; returns whether they said more."""
+        # A stream may name a call with its first piece alone.
+        key = self._ids[place] = call.id or self._ids.get(place, place)
+        pieces = self._pieces.get(key)
+        if isinstance(call.arguments, str):
+            text = call.arguments
+        elif pieces is None:
+            return False
+        else:
+            text = str(replace(call, name=""))
+            if _bare(text).startswith(_bare(pieces.text)):
+                # They have grown to a whole, which is judged as a call.
+                del self._pieces[key]
+                return False
+        if pieces is None:
+            pieces = self._pieces[key] = _Stream(in_pieces=True)
+        return bool(pieces._add_content(text, said=False))
+
+    def _joined(self) -> Iterator[str]:
+        """What arguments that came in pieces come to."""
+        said = {call.arguments for call in self._calls if isinstance(call.arguments, str)}
+        for pieces in self._pieces.values():
+            if pieces.text not in said:
+                yield from (unescaped(str(call)) for call in tool_calls([{"arguments": pieces.text}]))
 
 
 def _is_later(before: ToolCall, call: ToolCall) -> bool:
@@ -193,7 +235,11 @@ def _is_later(before: ToolCall, call: ToolCall) -> bool:
 
 def _grew(before: ToolCall, call: ToolCall) -> bool:
     """Whether all that an earlier form of a call says is there still: JSON is closed in the meantime, and spaced."""
-    return _MARKUP.sub("", str(call)).startswith(_MARKUP.sub("", str(before)))
+    return _bare(str(call)).startswith(_bare(str(before)))
+
+
+def _bare(text: str) -> str:
+    return _MARKUP.sub("", text)
 
 
 def _as_it_is(chunk: Any) -> Any:  # noqa: ANN401 - of its type

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from llama_index.callbacks.guardmw._asked import asked_apart
 from llama_index.callbacks.guardmw._turns import turn_of_node
 from llama_index.callbacks.guardmw._verdicts import Judge, log, tell, withholds
-from llama_index.callbacks.guardmw.handler import CoverageWarning, GuardCallbackHandler
+from llama_index.callbacks.guardmw.handler import CoverageWarning, GuardCallbackHandler, look_away
 from llama_index.callbacks.guardmw.llm import guard_llm
 from llama_index.callbacks.guardmw.nodes import GuardPostprocessor
 from llama_index.core import Settings
@@ -57,7 +57,15 @@ class _Dropping(GuardCallbackHandler):
         nodes[:] = [node for node, (digest, *_) in zip(nodes, asked.trials, strict=True) if digest not in withheld]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
+class _Before:
+    """What was in Settings; nothing that has been taken away since."""
+
+    llm: LLM | None
+    manager: CallbackManager | None
+
+
+@dataclass(frozen=True, eq=False)
 class Installed:
     """What ``install()`` has put in place. As a context manager it takes that away at the end.
 
@@ -76,7 +84,7 @@ class Installed:
     postprocessor: GuardPostprocessor
     covered: tuple[str, ...]
     not_covered: tuple[str, ...]
-    _before: tuple[LLM | None, CallbackManager | None]
+    _before: _Before
     _manager: CallbackManager
 
     def __str__(self) -> str:
@@ -94,16 +102,24 @@ class Installed:
 
     def uninstall(self) -> None:
         """Put back what was there; what has been replaced since stays. Engines made meanwhile stay guarded."""
-        llm, manager = self._before
         # Settings has setters, but no way to be without an LLM again.
         if self.llm is not None and Settings._llm is self.llm:  # noqa: SLF001
-            Settings._llm = llm  # noqa: SLF001
+            Settings._llm = self._before.llm  # noqa: SLF001
+        if self in _installed:
+            _installed.remove(self)
+            for later in _installed:
+                if self.llm is not None and later._before.llm is self.llm:  # noqa: SLF001 - its own class's
+                    later._before.llm = self._before.llm  # noqa: SLF001
         if self.handler in self._manager.handlers:
             self._manager.remove_handler(self.handler)
+        look_away(self.handler)
         # Another guard that was installed meanwhile is in the same manager.
         others = any(isinstance(handler, GuardCallbackHandler) for handler in self._manager.handlers)
-        if manager is None and Settings._callback_manager is self._manager and not others:  # noqa: SLF001
+        if self._before.manager is None and Settings._callback_manager is self._manager and not others:  # noqa: SLF001
             Settings._callback_manager = None  # noqa: SLF001
+
+
+_installed: list[Installed] = []
 
 
 def install(g: Guard | Backend | str | None = None, *, on_block: OnBlock = "raise") -> Installed:
@@ -120,8 +136,8 @@ def install(g: Guard | Backend | str | None = None, *, on_block: OnBlock = "rais
     """
     guard = Judge.of(g).ready()
     # Asking for Settings.llm would make one.
-    before = (Settings._llm, Settings._callback_manager)  # noqa: SLF001
-    llm = None if before[0] is None else guard_llm(before[0], guard, on_block=on_block)
+    before = _Before(Settings._llm, Settings._callback_manager)  # noqa: SLF001
+    llm = None if before.llm is None else guard_llm(before.llm, guard, on_block=on_block)
     with warnings.catch_warnings():
         # What it warns of is in the report.
         warnings.simplefilter("ignore", CoverageWarning)
@@ -131,7 +147,7 @@ def install(g: Guard | Backend | str | None = None, *, on_block: OnBlock = "rais
     manager.handlers.insert(0, handler)
     if llm is not None:
         Settings._llm = llm  # noqa: SLF001 - its setter would give it another callback manager
-    return Installed(
+    installed = Installed(
         guard=guard,
         llm=llm,
         handler=handler,
@@ -141,3 +157,5 @@ def install(g: Guard | Backend | str | None = None, *, on_block: OnBlock = "rais
         _before=before,
         _manager=manager,
     )
+    _installed.append(installed)
+    return installed

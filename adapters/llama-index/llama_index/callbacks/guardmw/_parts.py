@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +30,21 @@ PIECES = (TEXT, _THINKING)
 """What models send piece by piece; other things they send, if more than once, as they are by then."""
 
 # What stands beside the text of a message: identifiers, which nobody reads, and what is read elsewhere or is a picture.
-_MARKS = ("id", "call_id", "tool_call_id", "response_id", "type", "index", "status", "finish_reason", "stop_reason")
+_MARKS = (
+    "id",
+    "call_id",
+    "tool_call_id",
+    "response_id",
+    "type",
+    "block_type",
+    "index",
+    "status",
+    "finish_reason",
+    "stop_reason",
+)
 _MARK = re.compile(r"[!-~]{0,64}")
 _SIGNATURE = re.compile(r"[!-~]*")
+_ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")
 _ELSEWHERE = ("tool_calls", "function_call", "images")
 
 
@@ -78,6 +91,24 @@ def parts_of_answer(answer: object) -> list[Part]:
 def texts_in(value: object) -> str:
     """All that a value of any shape says, a line for each text."""
     return "\n".join(text for _, text in _strings(value, (), marks=False) if text)
+
+
+def spelled_out(turn: Turn) -> Turn:
+    """A turn with what arguments that do not parse come to all the same: LlamaIndex adds the end that they lack."""
+    raw = [call.arguments for call in turn.tool_calls if isinstance(call.arguments, str)]
+    plain = [text for text in map(unescaped, raw) if text not in raw]
+    return replace(turn, text="\n".join((turn.text, *plain) if turn.text else plain)) if plain else turn
+
+
+def unescaped(text: str) -> str:
+    """The text with the characters of which JSON has the numbers."""
+    return _ESCAPES.sub(lambda found: _character(found[0]), text) if "\\u" in text else text
+
+
+def _character(escapes: str) -> str:
+    # Half a pair is no character, and no backend could read it.
+    said: str = json.loads(f'"{escapes}"')
+    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def merged(parts: Sequence[Part]) -> Turn:

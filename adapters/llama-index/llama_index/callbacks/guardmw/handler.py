@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from llama_index.callbacks.guardmw._asked import Asked, Passed, asked_apart, asked_in_turns, asked_in_words
 from llama_index.callbacks.guardmw._gate import Silent, judging
@@ -81,7 +82,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
         self._passed = Passed()
         self._asked: dict[str, Sequence[Turn]] = {}
         self._lock = Lock()
-        _look_out()
+        _look_out(self)
         warnings.warn(_NOT_SEEN, CoverageWarning, stacklevel=2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardCallbackHandler:
@@ -208,7 +209,19 @@ guardmw_callback_handler = GuardCallbackHandler
 """The name by which LlamaIndex's callback packages offer their handler."""
 
 
-def _look_out() -> None:
+_looking: WeakSet[GuardCallbackHandler] = WeakSet()
+
+
+def look_away(handler: GuardCallbackHandler) -> None:
+    """What is past this handler nobody need be warned of any more."""
+    _looking.discard(handler)
+    if not _looking:
+        root = get_dispatcher()
+        root.span_handlers = [one for one in root.span_handlers if not isinstance(one, _Lookout)]
+
+
+def _look_out(handler: GuardCallbackHandler) -> None:
+    _looking.add(handler)
     root = get_dispatcher()
     if not any(isinstance(handler, _Lookout) for handler in root.span_handlers):
         root.add_span_handler(_Lookout())

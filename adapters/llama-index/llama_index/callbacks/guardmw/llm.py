@@ -61,7 +61,7 @@ _SHARED = (
     "pydantic_program_mode",
     "query_wrapper_prompt",
 )
-# By which what is made of the tools given gets from where the call is prepared to where it is made.
+# Carries the guarded tools' names from preparing a call to making it.
 _REVIEWED = "guardmw_reviewed"
 # Where a provider has its own way to an object, beside the LLM's chat.
 _STRUCTURED = (
@@ -142,6 +142,16 @@ class GuardedLLM(LLM):
     @classmethod
     def class_name(cls) -> str:  # noqa: D102
         return "guarded_llm"
+
+    if not TYPE_CHECKING:  # Type checkers would take any name for an attribute.
+
+        def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("_") or not hasattr(self._private.get("_inner"), name):
+                    raise
+            raise AttributeError(f"a guarded LLM has no {name!r} of its own: read it from llm.inner.{name}", name=name)
 
     @property
     def inner(self) -> LLM:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from llama_index.callbacks.guardmw._step import NOTHING, Said, Step, WaitingForEvent
 from llama_index.callbacks.guardmw._turns import turn_of_result
-from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, tell, withholds
+from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, said_by, tell, withholds
 from llama_index.core.tools import AsyncBaseTool, BaseTool, FunctionTool, ToolOutput, adapt_to_async_tool
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
@@ -79,6 +79,8 @@ def guard_tools(tools: Iterable[BaseTool | Callable[..., Any]], g: Guard | Backe
 
     Raises: as guard_tool.
     """
+    if not isinstance(tools, Iterable):
+        raise TypeError(f"give a list of tools, not one {type(tools).__name__}: guard_tool() takes a single one")
     judge = Judge.of(g)
     return [_guarded(tool, judge) for tool in tools]
 
@@ -219,8 +221,8 @@ def _plan(
     try:
         output = yield Run(args, kwargs)
     except Exception as error:
-        # Agents show the model what a tool raises.
-        verdict = yield Screen(said.answered(call, Turn("tool", str(error), name=name)))
+        # Agents show the model what a tool raises, and whoever logs it what that came of.
+        verdict = yield Screen(said.answered(call, Turn("tool", said_by(error), name=name)))
         tell([verdict])
         if withholds(verdict):
             return _withheld(tool, verdict, {})
