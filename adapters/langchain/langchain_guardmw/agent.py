@@ -113,15 +113,7 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
 
     state_schema = GuardState
 
-    def __new__(
-        cls,
-        g: Guard | Backend | str | None = None,  # noqa: ARG004 - as in __init__
-        *,
-        on_block: OnBlock = "raise",
-        stream: Mode = "hold",  # noqa: ARG004 - as in __init__
-        leak: int = 0,  # noqa: ARG004 - as in __init__
-        name: str = "GuardMiddleware",  # noqa: ARG004 - as in __init__
-    ) -> Self:
+    def __new__(cls, *_: object, on_block: OnBlock = "raise", **__: object) -> Self:
         """Make one that has no more hooks than it needs: each is a node of the graph, dearer than a verdict."""
         reviewing: type[Any] = Reviewing
         made: Self = super().__new__(reviewing if on_block == "review" and cls is GuardMiddleware else cls)

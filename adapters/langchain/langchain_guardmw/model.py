@@ -191,7 +191,7 @@ class GuardedModel(BaseChatModel):
         prefix_keys: bool = False,
         **kwargs: Runnable[LanguageModelInput, AIMessage] | Callable[[], Runnable[LanguageModelInput, AIMessage]],
     ) -> RunnableSerializable[LanguageModelInput, AIMessage]:
-        guarded = {name: _alternative(one, self.around) for name, one in kwargs.items()}
+        guarded = {name: _alternative(one, self.around, _answering) for name, one in kwargs.items()}
         return super().configurable_alternatives(which, default_key=default_key, prefix_keys=prefix_keys, **guarded)
 
     def get_token_ids(self, text: str) -> list[int]:  # noqa: D102
@@ -409,11 +409,25 @@ def _answering(runnable: Runnable[I, O], around: Around) -> Runnable[I, O]:
 
 
 def _alternative(
-    one: Runnable[I, O] | Callable[[], Runnable[I, O]], around: Around
+    one: Runnable[I, O] | Callable[[], Runnable[I, O]],
+    around: Around,
+    guarded: Callable[[Any, Around], Any],
 ) -> Runnable[I, O] | Callable[[], Runnable[I, O]]:
     if isinstance(one, Runnable):
-        return _answering(one, around)
-    return lambda: _answering(one(), around)
+        return cast("Runnable[I, O]", guarded(one, around))
+    return lambda: guarded(one(), around)
+
+
+def _chosen(runnable: RunnableConfigurableAlternatives[I, O], around: Around) -> RunnableConfigurableAlternatives[I, O]:
+    """What configuration chooses from: chat models and what stands in their place, or anything else."""
+    options = (runnable.default, *runnable.alternatives.values())
+    models = any(isinstance(one, Runnable) and isinstance(_bare(one), BaseChatModel) for one in options)
+    guarded = _answering if models else _replaced
+    default = guarded(runnable.default, around)
+    others = {name: _alternative(one, around, guarded) for name, one in runnable.alternatives.items()}
+    if default is runnable.default and all(one is others[name] for name, one in runnable.alternatives.items()):
+        return runnable
+    return runnable.model_copy(update={"default": default, "alternatives": others})
 
 
 def _replaced(runnable: Runnable[Any, Any], around: Around) -> Any:  # noqa: ANN401 - a runnable of the same type
@@ -421,9 +435,7 @@ def _replaced(runnable: Runnable[Any, Any], around: Around) -> Any:  # noqa: ANN
     if isinstance(runnable, BaseChatModel):
         return GuardedModel(inner=runnable, around=around)
     if isinstance(runnable, RunnableConfigurableAlternatives):
-        alternatives = {name: _alternative(one, around) for name, one in runnable.alternatives.items()}
-        update = {"default": _answering(runnable.default, around), "alternatives": alternatives}
-        return runnable.model_copy(update=update)
+        return _chosen(runnable, around)
     inside = {name: _replaced(part, around) for name, part in _within(runnable).items()}
     if all(part is inside[name] for name, part in _within(runnable).items()):
         return runnable

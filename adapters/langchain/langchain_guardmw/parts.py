@@ -191,7 +191,8 @@ def is_plain(message: BaseMessage) -> bool:
 
 def is_mark(id_: object) -> bool:
     """Whether it is one word that a machine gives; no sentence of a script without spaces is."""
-    return id_ is None or (isinstance(id_, str) and _is_word(id_) is not None)
+    # Proxies hang a signature onto the ids of calls.
+    return id_ is None or (isinstance(id_, str) and (_is_word(id_) is not None or _is_random(id_)))
 
 
 def as_mark(id_: str | None) -> str | None:
@@ -618,9 +619,16 @@ def _is_mark(key: str, item: str) -> bool:
 
 
 def _is_cipher(at: Kind, item: str, role: Role) -> bool:
-    """Whether it is ciphertext: as random as base64 is where it is long, or it is some text without spaces."""
-    if role != "assistant" or at not in _CIPHERS or not _CIPHERTEXT.fullmatch(item):
+    """Whether it is ciphertext, where providers put that."""
+    if role != "assistant" or at not in _CIPHERS:
+        return False
+    return _is_random(item) or (len(item) <= _LONGEST_NAME and _CIPHERTEXT.fullmatch(item) is not None)
+
+
+def _is_random(item: str) -> bool:
+    """Whether it is as random as base64 is; else a long word is some text without spaces."""
+    if not _CIPHERTEXT.fullmatch(item):
         return False
     digits, capitals = sum(map(str.isdigit, item)), sum(map(str.isupper, item))
     # Chance gives 10, 26 and 26 of 64.
-    return len(item) <= _LONGEST_NAME or (digits * 16 > len(item) and len(item) < capitals * 8 < 6 * len(item))
+    return digits * 16 > len(item) and len(item) < capitals * 8 < 6 * len(item)

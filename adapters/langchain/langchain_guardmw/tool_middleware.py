@@ -82,7 +82,7 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
         BackendError: the spec names no backend, or it cannot be made.
     """
 
-    def __new__(cls, g: Guard | Backend | str | None = None) -> Self:
+    def __new__(cls, g: object = None, *_: object, **__: object) -> Self:
         """Make one that has no more hooks than it needs: each is a node of the graph, dearer than a verdict."""
         noting: type[Any] = Noting
         looks_back = isinstance(g, Guard) and _needs_all(g) and cls is ToolGuardMiddleware

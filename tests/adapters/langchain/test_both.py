@@ -661,3 +661,15 @@ async def test_a_turn_takes_no_thread_where_nothing_is_traced(traced: bool, monk
     assert answer["messages"][-1].text == SAFE
     # Two model calls, each with two hooks around it, and a tool call with one.
     assert hops == usual + (10 if traced else 0)
+
+
+@pytest.mark.parametrize("kind", [GuardMiddleware, ToolGuardMiddleware])
+def test_a_subclass_may_be_made_of_what_it_likes(kind: type[Any]) -> None:
+    """A guard among it, or not."""
+
+    class Mine(kind):
+        def __init__(self, tenant: str, *, strict: bool) -> None:
+            super().__init__(KeywordBackend({}))
+            self.of = (tenant, strict)
+
+    assert Mine("one", strict=True).of == ("one", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from hashlib import blake2b
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -413,6 +414,14 @@ def test_an_id_that_says_something_is_judged(at: int) -> None:
             with pytest.raises(Blocked):
                 guard(BACKEND, stage="output").invoke(given)
     assert guard(BACKEND, stage="output").invoke(with_ids(ID)[at])
+
+
+@pytest.mark.parametrize("at", range(len(with_ids(""))))
+def test_an_id_with_a_signature_is_left_alone(at: int) -> None:
+    """Proxies hang what a provider signed onto the id of a call, some kilobytes of it."""
+    witness = KeywordBackend({"call_": 0.99})
+    signed = f"call_1__thought__{b64encode(Random(at).randbytes(1200)).decode()}"  # noqa: S311 - no secret
+    assert guard(witness, stage="output").invoke(with_ids(signed)[at])
 
 
 @pytest.mark.parametrize("beside", [{"response_metadata": {"note": SENTENCE}}, {"function_call": SENTENCE}])

@@ -16,7 +16,9 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import ConfigurableField, Runnable, RunnableLambda
 from langchain_core.tools import tool
@@ -1016,6 +1018,19 @@ def test_alternatives_of_a_guarded_model_are_guarded(kind: str) -> None:
     assert model.invoke(QUESTION).text == SAFE
     with pytest.raises(Blocked):
         model.invoke(QUESTION, {"configurable": {"m": "evil"}})
+
+
+def test_alternatives_that_are_no_models_stay_as_they_are() -> None:
+    """Prompts and parsers beside a guarded model, of which the one that is chosen is taken."""
+    prompt = ChatPromptTemplate.from_template("short: {q}").configurable_alternatives(
+        ConfigurableField(id="p"), default_key="short", long=lambda: ChatPromptTemplate.from_template("long: {q}")
+    )
+    parser = StrOutputParser().configurable_alternatives(ConfigurableField(id="o"), other=StrOutputParser())
+    chain: Any = guard_model(prompt | Fake() | parser, KEYWORD)
+    for choice in ("short", "long"):
+        assert chain.invoke({"q": QUESTION}, {"configurable": {"p": choice}}) == SAFE
+    with pytest.raises(Blocked):
+        guard_model(prompt | Fake.of(Source(messages(UNSAFE))) | parser, KEYWORD).invoke({"q": QUESTION})
 
 
 @pytest.mark.parametrize("way", [invoke, ainvoke, stream, astream])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from llama_index.callbacks.guardmw import REFUSAL, guard_chat_engine
 from llama_index.core import Document, VectorStoreIndex
-from llama_index.core.base.llms.types import ChatMessage, CompletionResponse, LLMMetadata
+from llama_index.core.base.llms.types import ChatMessage, CompletionResponse, LLMMetadata, ToolCallBlock
 from llama_index.core.base.response.schema import Response
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.chat_engine import CondenseQuestionChatEngine, ContextChatEngine, SimpleChatEngine
@@ -166,6 +166,21 @@ async def test_a_question_that_stays_as_it_was_is_judged_once(way: Callable[[Any
     await way(guard_chat_engine(engine, witness := Witness("EVIL")))
     assert witness.read.count("What?") == 1
     assert sum("Eggs" in read for read in witness.read) == 1
+
+
+@WAYS
+async def test_a_history_with_calls_of_tools_is_gone_on_from(way: Callable[[Any], Any]) -> None:
+    """What an agent left in it is the context of what is judged."""
+    history = [
+        ChatMessage("Weather?"),
+        ChatMessage(
+            role="assistant", blocks=[ToolCallBlock(tool_call_id="1", tool_name="weather", tool_kwargs={"at": "sea"})]
+        ),
+        ChatMessage("Sunny.", role="tool", additional_kwargs={"tool_call_id": "1"}),
+    ]
+    memory = ChatMemoryBuffer.from_defaults(chat_history=history)
+    engine = SimpleChatEngine.from_defaults(llm=Condensing(), memory=memory)
+    assert "is the end" in (await way(guard_chat_engine(engine, Witness("EVIL"))))[1]
 
 
 class Noting(SimpleChatEngine):

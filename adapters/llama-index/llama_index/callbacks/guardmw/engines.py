@@ -662,8 +662,8 @@ def _of_sources(
     for source in response.sources:
         trials += _of_source(source, nodes, asked)
     # Most of it is the question, the answer or the nodes once more.
-    known = {_said(text, asked) for text in (said, asked.turns[-1].text, "")}
-    return [trial for trial in dict.fromkeys(trials) if trial not in known]
+    known = {Turn("assistant", text) for text in (said, asked.turns[-1].text, "")}
+    return list({trial.last: trial for trial in trials if trial.last not in known}.values())
 
 
 def _of_source(source: ToolOutput, nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
