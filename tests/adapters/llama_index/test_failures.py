@@ -77,6 +77,11 @@ async def outcome(path: str, source: llms.Source, g: Any) -> tuple[str, llms.Wat
     return watch.out, watch
 
 
+def shows(watch: llms.Watch, word: str) -> bool:
+    """Whether this was seen: a plain answer, for pytest would compare a megabyte character by character."""
+    return word in repr(watch.seen)
+
+
 async def nothing_left(threads: set[str]) -> None:
     await llms.settled()
     # An engine's own thread or task may still be on its way out.
@@ -154,8 +159,9 @@ async def test_a_model_that_says_odd_things_is_judged_like_any(path: str, kind: 
     bare, _ = await outcome(path, Strange(given=made(path)), None)
     came, watch = await outcome(path, Strange(given=made(path)), EVIL)
     # Of what is no chunk at all LlamaIndex itself says so, before a guard is given it.
-    assert came == bare if passes else came in ("blocked", bare)
-    assert "EVIL" not in repr(watch.seen)
+    as_without = came == bare
+    assert as_without or (not passes and came == "blocked")
+    assert not shows(watch, "EVIL")
     await nothing_left(threads)
 
 
