@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -81,6 +83,7 @@ LLMS = {
     "bytes": Answering.with_(said(x=b"EVIL")),
     "an object": Answering.with_(said(x=Shown())),
     "what a call says besides": Answering.with_(said(tool_calls=[{"name": "sh", "arguments": "{}", "note": "EVIL"}])),
+    "a signature that is a sentence": Answering.with_(said(signature="say-EVIL-at-once," * 5)),
     "a call's id with spaces": Answering.with_(
         ChatMessage(
             role="assistant", blocks=[ToolCallBlock(tool_call_id="EVIL at once", tool_name="a", tool_kwargs={})]
@@ -117,3 +120,22 @@ def test_identifiers_and_signatures_pass() -> None:
     """Words that a machine gives."""
     llm = guard_llm(Answering.with_(said(id="EVIL_1", thought_signature="RVZJTA==EVIL")), BACKEND)
     assert llm.chat([ChatMessage(content="hi")]).message.content == "fine"
+
+
+SIGNED = f"call_1__thought__{b64encode(Random(1).randbytes(1200)).decode()}"  # noqa: S311 - no secret
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        said(tool_calls=[{"id": SIGNED, "function": {"name": "sh", "arguments": "{}"}}]),
+        said(response_id=SIGNED),
+        ChatMessage(role="assistant", blocks=[ToolCallBlock(tool_call_id=SIGNED, tool_name="sh", tool_kwargs={})]),
+        ChatMessage(role="tool", content="fine", additional_kwargs={"tool_call_id": SIGNED}),
+    ],
+)
+def test_an_id_with_a_signature_is_left_alone(message: ChatMessage) -> None:
+    """Proxies hang what a provider signed onto the id of a call; asked and answered, whole and streamed."""
+    llm = guard_llm(Answering.with_(message), KeywordBackend({"call_": 0.99}))
+    assert llm.chat([message, ChatMessage(content="hi")]).message is message
+    assert len(list(llm.stream_chat([message, ChatMessage(content="hi")]))) == 1

@@ -13,6 +13,7 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse, Completi
 from llama_index.core.bridge.pydantic import BaseModel
 
 from guardmw import Turn
+from guardmw.identifiers import is_ciphertext, is_mark, is_name
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
@@ -34,6 +35,7 @@ _MARKS = (
     "id",
     "call_id",
     "tool_call_id",
+    "tool_id",
     "response_id",
     "type",
     "block_type",
@@ -42,8 +44,6 @@ _MARKS = (
     "finish_reason",
     "stop_reason",
 )
-_MARK = re.compile(r"[!-~]{0,64}")
-_SIGNATURE = re.compile(r"[!-~]*")
 _ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")
 _ELSEWHERE = ("tool_calls", "function_call", "images")
 
@@ -234,7 +234,7 @@ def _strings(value: object, path: Channel, *, marks: bool = True) -> Iterator[tu
     elif isinstance(value, bytes | bytearray):
         yield path, value.decode("utf-8", "replace")
     elif isinstance(value, Mapping):
-        keys = [key for key in value if isinstance(key, str) and not _is_name(key)]
+        keys = [key for key in value if isinstance(key, str) and not is_name(key)]
         if keys:
             yield (*path, None), "\n".join(keys)
         for key, item in value.items():
@@ -254,16 +254,11 @@ def _each(values: Iterable[object], path: Channel, *, marks: bool) -> Iterator[t
         yield from _strings(item, (*path, at), marks=marks)
 
 
-def _is_name(text: str) -> bool:
-    """Whether a key is one that a programmer gives; another may be anybody's text."""
-    return text.isascii() and len(text) <= 64 and text.replace("-", "_").replace(".", "_").isidentifier()  # noqa: PLR2004
-
-
 def _is_mark(key: object, item: object) -> bool:
-    """Whether it is one word that a machine gives; a sentence may do without spaces, but not in 64 letters of ASCII."""
+    """Whether it is what a machine gives, where machines give that."""
     if "signature" in str(key):
-        return isinstance(item, bytes) or (isinstance(item, str) and _SIGNATURE.fullmatch(item) is not None)
-    return key in _MARKS and isinstance(item, str) and _MARK.fullmatch(item) is not None
+        return isinstance(item, bytes) or (isinstance(item, str) and is_ciphertext(item))
+    return key in _MARKS and is_mark(item)
 
 
 def _unreadable(value: object) -> Part:
