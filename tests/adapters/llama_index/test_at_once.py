@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from copy import copy
+from gc import collect
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import pytest
 from llama_index.callbacks.guardmw import guard_chat_engine
@@ -115,6 +118,59 @@ def test_nothing_comes_between_a_question_and_its_answer(interrupt: Callable[[An
     assert engine.chat_history == engine.inner.chat_history == []
     engine.reset()
     assert engine.chat("two").response == "Fine."
+
+
+def test_guarded_engines_around_one_engine_take_turns() -> None:
+    """They write into one memory."""
+    first = guarded(llm := Slow())
+    second = guard_chat_engine(first.inner, KeywordBackend({}))
+    other = guarded(MockLLM())
+    raised: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            first.chat("one")
+        except Blocked as blocked:
+            raised.append(blocked)
+
+    asking = Thread(target=ask)
+    asking.start()
+    llm._asked.wait(10)
+    try:
+        with pytest.raises(GuardmwError, match="answering already"):
+            second.chat("two")
+        assert second.chat_history == []
+        assert other.chat("two").response
+    finally:
+        llm._let.set()
+        asking.join()
+    assert len(raised) == 1
+    assert second.chat("two").response == "Fine."
+    assert [message.content for message in first.chat_history] == ["two", "Fine."]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_question_through_one_guard_ends_an_answer_that_is_read_through_another(copied: bool) -> None:
+    """What was not judged of it is in no memory."""
+    first = guarded(MockLLM())
+    second = copy(first) if copied else guard_chat_engine(first.inner, KeywordBackend({}))
+    answer = first.stream_chat("One. Two. Three.").response_gen
+    said = next(answer)
+    assert [message.content for message in second.chat_history][1:] == [said]
+    assert second.chat("two").response
+    with pytest.raises(GuardmwError, match="ended this answer"):
+        list(answer)
+    assert [message.content for message in first.chat_history][1:3] == [said, "two"]
+
+
+def test_what_engines_share_ends_with_them() -> None:
+    """No engine is kept alive, and none gets another's state with its id."""
+    engine = guarded(MockLLM())
+    kept = ref(engine.inner)
+    engine.chat("one")
+    del engine
+    collect()
+    assert kept() is None
 
 
 async def test_a_call_that_is_cancelled_leaves_the_engine_free() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
+from weakref import WeakValueDictionary
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, OnBlock, aclosed_after, begun, closed_after
@@ -87,7 +88,8 @@ def guard_chat_engine(
     memory, and does not block the next one. Answers are judged before anyone has them, and so are the nodes that come
     with them; the memory forgets what is withheld. A streamed answer goes out sentence by sentence, as it is judged;
     a block ends the engine's own reading of the stream. So do its closing, read or not, a reset and the next question;
-    to read on after these two raises ``guardmw.GuardmwError``, and so does a call while another one is under way.
+    to read on after these two raises ``guardmw.GuardmwError``, and so does a call while another one is under way. All
+    that holds for several guarded engines around one ``engine``, too, for they share its memory.
 
     Args:
         engine: a chat engine. It is used, not copied: its memory is that of the conversation.
@@ -204,8 +206,7 @@ class GuardedChatEngine(BaseChatEngine):
     def __init__(self, inner: BaseChatEngine, gate: Gate) -> None:
         self._inner = inner
         self._gate = gate
-        self._open: _Exchange | None = None
-        self._free = Lock()
+        self._talk = _talk_with(inner)
 
     def __reduce__(self) -> tuple[type[GuardedChatEngine], tuple[BaseChatEngine, Gate]]:
         # The lock stays here, and so does an answer that is still being read.
@@ -226,7 +227,7 @@ class GuardedChatEngine(BaseChatEngine):
     def chat_history(self) -> list[ChatMessage]:
         """What was said; of an answer that is still being read, or is not read at all, what has been."""
         # The engine's memory has all of it as soon as the model has said it.
-        return self._inner.chat_history if self._open is None else self._open.history()
+        return self._inner.chat_history if self._talk.open is None else self._talk.open.history()
 
     def chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
@@ -237,7 +238,7 @@ class GuardedChatEngine(BaseChatEngine):
                 self._gate.admit(exchange.asked)
             except Blocked as blocked:
                 return AgentChatResponse(self._gate.instead(blocked, _more))
-            self._open = exchange
+            self._talk.open = exchange
             try:
                 response = self._inner.chat(message, chat_history)
                 enforced(self._gate.ready().screen_many(_of_chat(response, exchange.asked)))
@@ -258,7 +259,7 @@ class GuardedChatEngine(BaseChatEngine):
                 await self._gate.aadmit(exchange.asked)
             except Blocked as blocked:
                 return AgentChatResponse(self._gate.instead(blocked, _more))
-            self._open = exchange
+            self._talk.open = exchange
             try:
                 response = await self._inner.achat(message, chat_history)
                 enforced(await (await self._gate.aready()).ascreen_many(_of_chat(response, exchange.asked)))
@@ -279,7 +280,7 @@ class GuardedChatEngine(BaseChatEngine):
                 self._gate.admit(exchange.asked)
             except Blocked as blocked:
                 return _streamed(_only(self._gate.instead(blocked, _more)))
-            self._open, inner = exchange, None
+            self._talk.open, inner = exchange, None
             try:
                 inner = self._inner.stream_chat(message, chat_history)
                 enforced(self._gate.ready().screen_many(_of_sources(inner, exchange.asked)))
@@ -303,7 +304,7 @@ class GuardedChatEngine(BaseChatEngine):
                 await self._gate.aadmit(exchange.asked)
             except Blocked as blocked:
                 return _astreamed(_aonly(self._gate.instead(blocked, _more)))
-            self._open, inner = exchange, None
+            self._talk.open, inner = exchange, None
             try:
                 inner = await self._inner.astream_chat(message, chat_history)
                 enforced(await (await self._gate.aready()).ascreen_many(_of_sources(inner, exchange.asked)))
@@ -349,7 +350,7 @@ class GuardedChatEngine(BaseChatEngine):
     @contextmanager
     def _alone(self) -> Iterator[None]:
         # Two calls would write into one memory, of which neither could take back its own.
-        if not self._free.acquire(blocking=False):
+        if not self._talk.free.acquire(blocking=False):
             raise GuardmwError(
                 "this chat engine is answering already: make one engine for each conversation, and wait"
                 " for its answer before you ask the next question or reset it"
@@ -357,11 +358,11 @@ class GuardedChatEngine(BaseChatEngine):
         try:
             yield
         finally:
-            self._free.release()
+            self._talk.free.release()
 
     def _go_on(self, exchange: _Exchange) -> None:
         # What came so far must not pass for the whole answer.
-        if self._open is not exchange:
+        if self._talk.open is not exchange:
             raise _ended()
 
     @property
@@ -372,21 +373,21 @@ class GuardedChatEngine(BaseChatEngine):
 
     def _before(self, given: list[ChatMessage] | None = None) -> list[ChatMessage]:
         """What was said, or what is given as that, once no answer is open any more."""
-        if self._open is not None:
+        if self._talk.open is not None:
             # An answer that nobody has read to its end; the engine would remember all of it once it is written.
-            if self._open.reader is not None:
-                self._open.reader.close()
-            self._keep(self._open)
+            if self._talk.open.reader is not None:
+                self._talk.open.reader.close()
+            self._keep(self._talk.open)
         return self._inner.chat_history if given is None else given
 
     async def _abefore(self, given: list[ChatMessage] | None = None) -> list[ChatMessage]:
-        if self._open is not None:
-            match self._open.reader:
+        if self._talk.open is not None:
+            match self._talk.open.reader:
                 case _Deltas() as reader:
                     await asyncio.to_thread(reader.close)
                 case _AsyncDeltas() as reader:
                     await reader.aclose()
-            await self._akeep(self._open)
+            await self._akeep(self._talk.open)
         if given is not None:
             return given
         return self._inner.chat_history if self._memory is None else await self._memory.aget_all()
@@ -394,25 +395,49 @@ class GuardedChatEngine(BaseChatEngine):
     def _keep(self, exchange: _Exchange) -> None:
         """Let the engine remember of an exchange what has been judged; an engine that cannot, remembers nothing."""
         # The memory is no longer that of an exchange which another one has ended.
-        if self._open is not exchange:
+        if self._talk.open is not exchange:
             return
         if not exchange.ended:
             if self._memory is None:
                 self._inner.reset()
             else:
                 self._memory.set(exchange.history())
-        self._open = None
+        self._talk.open = None
 
     async def _akeep(self, exchange: _Exchange) -> None:
-        if self._open is not exchange:
+        if self._talk.open is not exchange:
             return
         if not exchange.ended:
             if self._memory is None:
                 self._inner.reset()
             else:
                 await self._memory.aset(exchange.history())
-        if self._open is exchange:
-            self._open = None
+        if self._talk.open is exchange:
+            self._talk.open = None
+
+
+class _Talk:
+    """What all guarded engines around one engine share: its memory is one.
+
+    Attributes:
+        engine: it lives as long, so that no other gets its id.
+        free: held while it is asked, or reset.
+        open: what is being answered, or has an answer that was not read to its end.
+    """
+
+    def __init__(self, engine: BaseChatEngine) -> None:
+        self.engine = engine
+        self.free = Lock()
+        self.open: _Exchange | None = None
+
+
+_talks: WeakValueDictionary[int, _Talk] = WeakValueDictionary()
+_looking = Lock()
+
+
+def _talk_with(engine: BaseChatEngine) -> _Talk:
+    with _looking:
+        return _talks.setdefault(id(engine), _Talk(engine))
 
 
 class _Exchange:
