@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import chain, count
+from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.callbacks.guardmw._turns import ARGUMENTS, ROLES, only_text, read_block, tool_calls
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
 
     from guardmw import ToolCall
 
+    _Placed = tuple[ToolCall, "Place"]
+
 Channel = tuple["Hashable", ...]
 """Where a part stands; in a stream, parts of one channel belong together."""
+
+Place = tuple[Literal["index", "at"], int]
+"""By which the pieces of a tool call are known to belong together, where they have no id."""
 
 TEXT: Channel = ("text",)
 CALLS: Channel = ("calls",)
@@ -56,11 +62,13 @@ class Part:
         turn: the part alone: text, tool calls or media, never two of them. In a stream, all there is of it so far, or
             only what is new, as the model has it.
         delta: what the stream says is new in the text; None where it says nothing.
+        places: of the tool calls, each its own: the index that the stream gives to it, or else where it stands.
     """
 
     channel: Channel
     turn: Turn
     delta: str | None = None
+    places: tuple[Place, ...] = ()
 
 
 def parts_of_message(message: ChatMessage) -> list[Part]:
@@ -129,7 +137,7 @@ def _answer(parts: list[Part], answer: ChatResponse | CompletionResponse) -> lis
         parts += _besides(
             {key: value for key, value in beside.items() if key != "thinking_delta"}, "assistant", "response"
         )
-        for called in _calls(_beside_calls(beside), ""):
+        for called in _calls([_beside_calls(beside)], ""):
             _join_calls(parts, called)
     for channel, delta in ((TEXT, answer.delta), (_THINKING, beside.get("thinking_delta"))):
         if delta is None:
@@ -151,9 +159,9 @@ def _join_calls(parts: list[Part], called: Part) -> None:
     if at is None:
         parts.append(called)
         return
-    known = parts[at].turn.tool_calls
-    more = tuple(call for call in called.turn.tool_calls if all((call.id, str(call)) != (k.id, str(k)) for k in known))
-    parts[at] = Part(CALLS, replace(parts[at].turn, tool_calls=(*known, *more)))
+    placed = list(zip(parts[at].turn.tool_calls, parts[at].places, strict=True))
+    placed += _unknown(zip(called.turn.tool_calls, called.places, strict=True), placed)
+    parts[at] = _of_calls(placed, parts[at].turn.name)
 
 
 def _message(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
@@ -183,24 +191,39 @@ def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 
         if text := "".join(pieces):
             yield Part((kind,), Turn(role, text, name=name))
     if beside:
-        calls += _beside_calls(beside)
         yield from _besides(beside, role, "message")
-    yield from _calls(calls, name)
+    yield from _calls([calls, _beside_calls(beside)], name)
     if media:
         yield Part(MEDIA, Turn(role, name=name, media=tuple(media)))
 
 
-def _calls(given: Sequence[object], name: str) -> Iterator[Part]:
-    if not given:
-        return
-    # A message often has the same calls twice: as blocks, and in the provider's own form.
-    calls: dict[str, ToolCall] = {f"{call.id}\0{call}": call for call in tool_calls(given)}
-    if calls:
-        yield Part(CALLS, Turn("assistant", tool_calls=tuple(calls.values()), name=name))
-    for at, call in enumerate(given):
+def _calls(forms: Sequence[Sequence[object]], name: str) -> Iterator[Part]:
+    """Calls that a message may have in several forms: as blocks, and in the provider's own."""
+    placed: list[_Placed] = []
+    for given in forms:
+        placed += _unknown(zip(tool_calls(given), map(_place, given, count()), strict=True), placed)
+    if placed:
+        yield _of_calls(placed, name)
+    for at, call in enumerate(chain.from_iterable(forms)):
         for path, text in _strings(_beside_arguments(call), ("call", at)):
             if text:
                 yield Part(path, Turn("assistant", text, name=name))
+
+
+def _of_calls(placed: Sequence[_Placed], name: str) -> Part:
+    calls, places = zip(*placed, strict=True)
+    return Part(CALLS, Turn("assistant", tool_calls=calls, name=name), places=places)
+
+
+def _unknown(placed: Iterable[_Placed], known: Sequence[_Placed]) -> list[_Placed]:
+    """Those of these calls that are not among others."""
+    said = {(call.id, str(call)) for call, _ in known}
+    return [(call, place) for call, place in placed if (call.id, str(call)) not in said]
+
+
+def _place(call: object, at: int) -> Place:
+    index = call.get("index") if isinstance(call, Mapping) else getattr(call, "index", None)
+    return ("index", index) if isinstance(index, int) else ("at", at)
 
 
 def _beside_arguments(call: object) -> object:
