@@ -201,11 +201,12 @@ class _Stream:
         return "." if changed else ""
 
     def _keys(self, call: ToolCall, place: Place) -> Iterator[str | Place]:
-        """By what whoever puts pieces together may know those of a call: its id, which the first may have alone, …"""
+        """By what whoever puts its pieces together may know those of a call: its id, or its index, or its place."""
+        # The first piece may have the id alone.
         if id_ := call.id or self._ids.get(place, ""):
             self._ids[place] = id_
             yield id_
-        # … or its index. Some streams have new ids for every piece, others one index for all calls.
+        # Some streams have new ids for every piece, others one index for all calls.
         if not id_ or place[0] == "index":
             yield place
 

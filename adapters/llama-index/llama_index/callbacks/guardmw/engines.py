@@ -733,9 +733,18 @@ def _whole(node: NodeWithScore) -> Turn:
         # A template may leave out what is not excluded, too.
         hidden = {key: value for key, value in behind.metadata.items() if f"{key}: {value}" not in turn.text}
         texts.append(texts_in(hidden))
+        texts += (texts_in(related) for related in _of_relatives(behind))
         behind = getattr(behind, "obj", None)
         behind = behind.node if isinstance(behind, NodeWithScore) else behind
-    return replace(turn, text="\n".join(filter(None, texts)))
+    return replace(turn, text="\n".join(dict.fromkeys(filter(None, texts))))
+
+
+def _of_relatives(node: BaseNode) -> Iterator[dict[str, Any]]:
+    """The metadata of the nodes around it, of its document too, where that is not its own."""
+    for relatives in node.relationships.values():
+        for relative in relatives if isinstance(relatives, list) else [relatives]:
+            own = node.metadata
+            yield {key: value for key, value in relative.metadata.items() if key not in own or own[key] != value}
 
 
 def _said(text: str, asked: Asked) -> Conversation:
