@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed, asked_apart, asked_in_chat, asked_in_turns
+from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed, asked_apart, asked_in_chat, digest_after
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
 
 from guardmw import Guard, ToolCall, Turn
@@ -25,7 +26,7 @@ TURNS = st.lists(st.builds(Turn, st.sampled_from(["user", "tool"]), WORDS, CALLS
 @given(TURNS, TURNS)
 def test_only_the_same_is_known_again(one: list[Turn], other: list[Turn]) -> None:
     """Not what merely reads alike when it is put together."""
-    assert (asked_in_turns(one).trials[-1][0] == asked_in_turns(other).trials[-1][0]) == (one == other)
+    assert (reduce(digest_after, one, b"") == reduce(digest_after, other, b"")) == (one == other)
 
 
 @given(st.lists(st.lists(st.sampled_from(["hi", "", "a\nuser\nb", "EVIL"]), min_size=1, max_size=3), max_size=13))

@@ -7,8 +7,7 @@ from hashlib import blake2b
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from llama_index.callbacks.guardmw._parts import merged, parts_of_message
-from llama_index.callbacks.guardmw._turns import ROLES, only_text
+from llama_index.callbacks.guardmw._parts import ROLES, merged, only_text, parts_of_message
 from llama_index.callbacks.guardmw._verdicts import withholds
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 
@@ -50,11 +49,12 @@ class Asked:
         return tuple(self.turns[-CONTEXT_TURNS:])
 
 
-def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = ()) -> Asked:
-    """Every message of a chat, the model's own too, part by part.
+def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = (), *, own: bool = True) -> Asked:
+    """Every message of a chat, part by part.
 
     Args:
         messages: of the chat.
+        own: whether the model's own are to be judged, too.
         left_out: digests of questions in whose place a note stands, once the user has gone on.
     """
     before = b""
@@ -65,44 +65,34 @@ def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = 
     for at, message in enumerate(messages):
         if text := only_text(message):
             whole = Turn(ROLES[message.role], text)
-            digest = _after(before, whole)
+            digest = digest_after(before, whole)
             parts = [(digest, len(turns), whole)]
         elif read := parts_of_message(message):
-            parts = [(_after(before, part.turn), len(turns), part.turn) for part in read]
-            whole = parts[0][2] if len(parts) == 1 else merged(read)
-            digest = _after(before, whole)
+            parts = [(digest_after(before, part.turn), len(turns), part.turn) for part in read]
+            whole = merged(read)
+            digest = digest_after(before, whole)
         else:
             continue
         if left_out and at < last and message.role == MessageRole.USER and any(one in left_out for one, *_ in parts):
             whole = Turn("user", WITHHELD)
-            digest, parts = _after(before, whole), []
+            digest, parts = digest_after(before, whole), []
             sent = [*sent[:at], ChatMessage(content=WITHHELD), *sent[at + 1 :]]
         before = digest
-        trials += parts
+        if own or ROLES[message.role] != "assistant":
+            trials += parts
         turns.append(whole)
     return Asked(turns, trials, sent)
-
-
-def asked_in_turns(turns: Sequence[Turn]) -> Asked:
-    """The turns of a chat as they are, of which those that are not the model's own are to be judged."""
-    before = b""
-    trials: list[tuple[bytes, int, Turn]] = []
-    for at, turn in enumerate(turns):
-        before = _after(before, turn)
-        if turn.role != "assistant":
-            trials.append((before, at, turn))
-    return Asked(turns, trials)
 
 
 def asked_apart(turns: Iterable[Turn]) -> Asked:
     """Turns that do not belong together, each to be judged by itself."""
     apart = tuple(turns)
-    return Asked(apart, [(_after(b"", turn), 0, turn) for turn in apart])
+    return Asked(apart, [(digest_after(b"", turn), 0, turn) for turn in apart])
 
 
 def asked_in_words(words: str) -> Asked:
     """A prompt, or a query."""
-    return asked_in_turns((Turn("user", words),))
+    return asked_apart([Turn("user", words)])
 
 
 class Passed:
@@ -152,7 +142,7 @@ def _last_question(messages: Sequence[ChatMessage]) -> int:
     return max((at for at, message in enumerate(messages) if message.role == MessageRole.USER), default=0)
 
 
-def _after(before: bytes, turn: Turn) -> bytes:
+def digest_after(before: bytes, turn: Turn) -> bytes:
     """The digest of a turn and of all before it, whose digest is given."""
     if turn.tool_calls or turn.name or turn.media:
         # As repr(turn), which takes three times as long; and like no turn that is only text, as no role has a bracket.

@@ -15,9 +15,9 @@ from llama_index.callbacks.guardmw._parts import (
     Channel,
     parts_of_answer,
     spelled_out,
+    tool_calls,
     unescaped,
 )
-from llama_index.callbacks.guardmw._turns import tool_calls
 from llama_index.callbacks.guardmw._verdicts import strictest, tell, withholds
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.callbacks.guardmw._turns import ARGUMENTS, ROLES, only_text, read_block, tool_calls
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole, TextBlock
 from llama_index.core.bridge.pydantic import BaseModel
+from llama_index.core.tools import ToolOutput
 
-from guardmw import Turn
+from guardmw import Conversation, ToolCall, Turn
 from guardmw.identifiers import is_ciphertext, is_mark, is_name
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
 
-    from guardmw import ToolCall
+    from llama_index.core.base.llms.types import ContentBlock
 
     _Placed = tuple[ToolCall, "Place"]
 
@@ -36,6 +36,18 @@ _THINKING: Channel = ("thinking",)
 PIECES = (TEXT, _THINKING)
 """What models send piece by piece; other things they send, if more than once, as they are by then."""
 
+ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
+    MessageRole.SYSTEM: "system",
+    MessageRole.DEVELOPER: "system",
+    MessageRole.USER: "user",
+    MessageRole.ASSISTANT: "assistant",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
+}
+# Where the integrations of OpenAI, Anthropic and LlamaIndex itself keep the arguments of a tool call.
+_ARGUMENTS = ("arguments", "args", "input", "tool_kwargs")
 # What stands beside the text of a message: identifiers, which nobody reads, and what is read elsewhere or is a picture.
 _MARKS = (
     "id",
@@ -51,6 +63,7 @@ _MARKS = (
     "stop_reason",
 )
 _ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")
+_BESIDE = ("message", "response")
 _ELSEWHERE = ("tool_calls", "function_call", "images")
 
 
@@ -96,6 +109,34 @@ def parts_of_answer(answer: object) -> list[Part]:
     return [_unreadable(answer)]
 
 
+def trials_of(answer: object, context: Sequence[Turn]) -> list[Conversation]:
+    """Each part of what a model answered, on trial."""
+    trials = []
+    for part in parts_of_answer(answer):
+        turn = spelled_out(part.turn)
+        # What was not streamed may name as new what it says anyway.
+        if part.delta and part.delta not in turn.text:
+            turn = Turn(turn.role, turn.text + part.delta, name=turn.name)
+        trials.append(Conversation((*context, turn)))
+    return trials
+
+
+def turn_of_result(output: object, name: str) -> Turn:
+    """What a tool of this name gave, as a model will read it."""
+    if not isinstance(output, ToolOutput):
+        return Turn("tool", str(output), name=name)
+    parts = parts_of_message(ChatMessage(role=MessageRole.TOOL, blocks=output.blocks))
+    return replace(merged(parts), role="tool", name=name) if parts else Turn("tool", name=name)
+
+
+def only_text(message: ChatMessage) -> str | None:
+    """What a message says that is nothing but one text; None for any other."""
+    blocks = message.blocks
+    return (
+        blocks[0].text if len(blocks) == 1 and type(blocks[0]) is TextBlock and not message.additional_kwargs else None
+    )
+
+
 def texts_in(value: object) -> str:
     """All that a value of any shape says, a line for each text."""
     return "\n".join(text for _, text in _strings(value, (), marks=False) if text)
@@ -120,10 +161,12 @@ def _character(escapes: str) -> str:
 
 
 def merged(parts: Sequence[Part]) -> Turn:
-    """A whole message as the context of others."""
+    """A whole message as the context of others, without what stands beside its blocks."""
+    if len(parts) == 1:
+        return parts[0].turn
     return Turn(
         next((part.turn.role for part in parts if part.channel != CALLS), "assistant"),
-        "".join(part.turn.text for part in parts if part.channel == TEXT),
+        "\n".join(part.turn.text for part in parts if part.turn.text and part.channel[0] not in _BESIDE),
         tuple(call for part in parts for call in part.turn.tool_calls),
         parts[0].turn.name,
         tuple(kind for part in parts for kind in part.turn.media),
@@ -183,7 +226,7 @@ def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 
         if block.block_type == "tool_call":
             calls.append(block)
         else:
-            read_block(block, texts.setdefault(block.block_type, []), media)
+            _read_block(block, texts.setdefault(block.block_type, []), media)
         if block.block_type == "thinking" and block.additional_information:
             for path, text in _strings(block.additional_information, ("thinking", at)):
                 yield Part(path, Turn(role, text, name=name))
@@ -195,6 +238,24 @@ def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 
     yield from _calls([calls, _beside_calls(beside)], name)
     if media:
         yield Part(MEDIA, Turn(role, name=name, media=tuple(media)))
+
+
+def _read_block(block: ContentBlock, texts: list[str], media: list[str]) -> None:
+    """Add the texts of a block to these; or, where it is none, its kind to ``media``."""
+    if block.block_type == "text":
+        texts.append(block.text)
+    elif block.block_type == "thinking":
+        texts.append(block.content or "")
+    elif block.block_type == "citable":
+        texts += (block.title, block.source)
+        for inner in block.content:
+            _read_block(inner, texts, media)
+    elif block.block_type == "citation":
+        texts += (block.title, block.source)
+        _read_block(block.cited_content, texts, media)
+    elif block.block_type not in ("tool_call", "cache"):
+        # A kind that is not text, or is newer than this code: the verdict will be partial.
+        media.append(block.block_type)
 
 
 def _calls(forms: Sequence[Sequence[object]], name: str) -> Iterator[Part]:
@@ -226,6 +287,28 @@ def _place(call: object, at: int) -> Place:
     return ("index", index) if isinstance(index, int) else ("at", at)
 
 
+def tool_calls(given: Sequence[object]) -> tuple[ToolCall, ...]:
+    """The tool calls in any of the forms that models give them."""
+    if not given:
+        return ()
+    return Conversation.of({"role": "assistant", "tool_calls": list(map(_tool_call, given))}).last.tool_calls
+
+
+def _tool_call(given: object) -> dict[str, Any]:
+    """A tool call in the form guardmw reads. What is in no known form is judged whole, as its arguments."""
+    call = given.model_dump() if isinstance(given, BaseModel) else given
+    if not isinstance(call, Mapping):
+        return {"name": "", "arguments": str(call)}
+    if isinstance(call.get("function"), Mapping):
+        call = {**call, **call["function"]}
+    arguments = next((call[key] for key in _ARGUMENTS if key in call), dict(call))
+    return {
+        "name": str(call.get("name") or call.get("tool_name") or ""),
+        "arguments": arguments if isinstance(arguments, str | Mapping) else str(arguments),
+        "id": call.get("id") or call.get("tool_id") or call.get("tool_call_id"),
+    }
+
+
 def _beside_arguments(call: object) -> object:
     """What a call says besides its name and its arguments."""
     said = call.model_dump() if isinstance(call, BaseModel) else call
@@ -233,7 +316,7 @@ def _beside_arguments(call: object) -> object:
         return None
     inner = said.get("function")
     said = {**said, **inner} if isinstance(inner, Mapping) else said
-    return {key: item for key, item in said.items() if key not in (*ARGUMENTS, "name", "tool_name", "function")}
+    return {key: item for key, item in said.items() if key not in (*_ARGUMENTS, "name", "tool_name", "function")}
 
 
 def _beside_calls(beside: Mapping[str, Any]) -> list[object]:
@@ -245,6 +328,8 @@ def _beside_calls(beside: Mapping[str, Any]) -> list[object]:
 
 def _besides(beside: Mapping[str, Any], role: Any, where: str) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
     read = {key: value for key, value in beside.items() if key not in _ELSEWHERE}
+    if is_name(str(read.get("name", ""))):
+        del read["name"]
     for path, text in _strings(read, (where,)):
         if text:
             yield Part(path, Turn(role, text))

@@ -14,8 +14,8 @@ from weakref import WeakValueDictionary
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, OnBlock, aclosed_after, begun, closed_after
 from llama_index.callbacks.guardmw._parts import texts_in
-from llama_index.callbacks.guardmw._turns import turn_of_node
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, enforced
+from llama_index.callbacks.guardmw.nodes import turn_of_node
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole
 from llama_index.core.base.response.schema import (

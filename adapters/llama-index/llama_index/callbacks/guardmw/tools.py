@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from llama_index.callbacks.guardmw._parts import turn_of_result
 from llama_index.callbacks.guardmw._step import NOTHING, Said, Step, WaitingForEvent
-from llama_index.callbacks.guardmw._turns import turn_of_result
 from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, said_by, tell, withholds
 from llama_index.core.tools import AsyncBaseTool, BaseTool, FunctionTool, ToolOutput, adapt_to_async_tool
 from pydantic_core import PydanticSerializationError, to_jsonable_python
