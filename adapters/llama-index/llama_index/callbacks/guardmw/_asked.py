@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llama_index.callbacks.guardmw._parts import ROLES, merged, only_text, parts_of_message
 from llama_index.callbacks.guardmw._verdicts import withholds
@@ -28,8 +28,7 @@ WITHHELD = "[Withheld by policy.]"
 """What stands in a chat for a question that was withheld before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """What goes into a call.
 
     Attributes:
@@ -57,29 +56,29 @@ def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = 
         own: whether the model's own are to be judged, too.
         left_out: digests of questions in whose place a note stands, once the user has gone on.
     """
-    before = b""
+    so_far = _nothing()
     turns: list[Turn] = []
     trials: list[tuple[bytes, int, Turn]] = []
     sent = messages
     last = _last_question(messages) if left_out else 0
     for at, message in enumerate(messages):
+        parts: Sequence[Turn] = ()
         if text := only_text(message):
             whole = Turn(ROLES[message.role], text)
-            digest = digest_after(before, whole)
-            parts = [(digest, len(turns), whole)]
         elif read := parts_of_message(message):
-            parts = [(digest_after(before, part.turn), len(turns), part.turn) for part in read]
             whole = merged(read)
-            digest = digest_after(before, whole)
+            parts = [part.turn for part in read]
         else:
             continue
-        if left_out and at < last and message.role == MessageRole.USER and any(one in left_out for one, *_ in parts):
-            whole = Turn("user", WITHHELD)
-            digest, parts = digest_after(before, whole), []
+        judged = own or ROLES[message.role] != "assistant"
+        if at < last and message.role == MessageRole.USER and _is_in(left_out, so_far, parts or (whole,)):
+            whole, parts, judged = Turn("user", WITHHELD), (), False
             sent = [*sent[:at], ChatMessage(content=WITHHELD), *sent[at + 1 :]]
-        before = digest
-        if own or ROLES[message.role] != "assistant":
-            trials += parts
+        if judged and parts:
+            trials += [(digest_after(so_far, part), len(turns), part) for part in parts]
+        so_far.update(_spelled(whole))
+        if judged and not parts:
+            trials.append((so_far.digest(), len(turns), whole))
         turns.append(whole)
     return Asked(turns, trials, sent)
 
@@ -87,7 +86,7 @@ def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = 
 def asked_apart(turns: Iterable[Turn]) -> Asked:
     """Turns that do not belong together, each to be judged by itself."""
     apart = tuple(turns)
-    return Asked(apart, [(digest_after(b"", turn), 0, turn) for turn in apart])
+    return Asked(apart, [(digest_after(_nothing(), turn), 0, turn) for turn in apart])
 
 
 def asked_in_words(words: str) -> Asked:
@@ -134,19 +133,36 @@ class Passed:
 
 
 def _forget(digests: dict[bytes, None]) -> None:
-    while len(digests) > REMEMBERED:
-        del digests[next(iter(digests))]
+    if (excess := len(digests) - REMEMBERED) > 0:
+        for digest in list(islice(digests, excess)):
+            del digests[digest]
+
+
+def _is_in(left_out: Container[bytes], before: blake2b, parts: Iterable[Turn]) -> bool:
+    return any(digest_after(before, part) in left_out for part in parts)
 
 
 def _last_question(messages: Sequence[ChatMessage]) -> int:
     return max((at for at, message in enumerate(messages) if message.role == MessageRole.USER), default=0)
 
 
-def digest_after(before: bytes, turn: Turn) -> bytes:
-    """The digest of a turn and of all before it, whose digest is given."""
+def _nothing() -> blake2b:
+    """The digest of what comes before a chat."""
+    return blake2b(digest_size=16)
+
+
+def digest_after(before: blake2b, turn: Turn) -> bytes:
+    """The digest of a turn and of all before it, whose digest is given; it stays as it is."""
+    so_far = before.copy()
+    so_far.update(_spelled(turn))
+    return so_far.digest()
+
+
+def _spelled(turn: Turn) -> bytes:
     if turn.tool_calls or turn.name or turn.media:
         # As repr(turn), which takes three times as long; and like no turn that is only text, as no role has a bracket.
-        spelled = repr((turn.role, turn.text, turn.tool_calls, turn.name, turn.media))
+        head, said = "(", repr((turn.role, turn.text, turn.tool_calls, turn.name, turn.media))
     else:
-        spelled = f"{turn.role}\n{turn.text}"
-    return blake2b(before + spelled.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        head, said = turn.role, turn.text
+    # The length tells where a turn ends.
+    return f"{head}\n{len(said)}\n{said}".encode("utf-8", "surrogatepass")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole, TextBlock
 from llama_index.core.bridge.pydantic import BaseModel
@@ -67,8 +67,7 @@ _BESIDE = ("message", "response")
 _ELSEWHERE = ("tool_calls", "function_call", "images")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One text, the tool calls of one message, or content that cannot be judged.
 
     Attributes:
@@ -144,6 +143,8 @@ def texts_in(value: object) -> str:
 
 def spelled_out(turn: Turn) -> Turn:
     """A turn with what arguments that do not parse come to all the same: LlamaIndex adds the end that they lack."""
+    if not turn.tool_calls:
+        return turn
     raw = [call.arguments for call in turn.tool_calls if isinstance(call.arguments, str)]
     plain = [text for text in map(unescaped, raw) if text not in raw]
     return replace(turn, text="\n".join((turn.text, *plain) if turn.text else plain)) if plain else turn
