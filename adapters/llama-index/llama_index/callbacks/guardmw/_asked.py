@@ -59,7 +59,8 @@ def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = 
     so_far = _nothing()
     turns: list[Turn] = []
     trials: list[tuple[bytes, int, Turn]] = []
-    sent = messages
+    # While a backend judges, others may go on writing into the list.
+    sent = messages = list(messages)
     last = _last_question(messages) if left_out else 0
     for at, message in enumerate(messages):
         parts: Sequence[Turn] = ()

@@ -258,10 +258,20 @@ def _as_it_is(chunk: Any) -> Any:  # noqa: ANN401 - of its type
         own = message.model_copy(
             update={
                 "blocks": [block.model_copy(deep=True) for block in message.blocks],
-                "additional_kwargs": deepcopy(message.additional_kwargs),
+                "additional_kwargs": _copied(message.additional_kwargs),
             }
         )
-        return chunk.model_copy(update={"message": own, "additional_kwargs": deepcopy(chunk.additional_kwargs)})
+        return chunk.model_copy(update={"message": own, "additional_kwargs": _copied(chunk.additional_kwargs)})
     if isinstance(chunk, CompletionResponse):
-        return chunk.model_copy(update={"additional_kwargs": deepcopy(chunk.additional_kwargs)})
+        return chunk.model_copy(update={"additional_kwargs": _copied(chunk.additional_kwargs)})
     return chunk
+
+
+def _copied(value: Any) -> Any:  # noqa: ANN401 - of its type
+    """A copy, but for what cannot be copied: a view of memory, or a provider's object that holds a lock."""
+    try:
+        return deepcopy(value)
+    except Exception:  # noqa: BLE001 - whatever an object raises that is none to copy
+        if isinstance(value, dict):
+            return {key: _copied(item) for key, item in value.items()}
+        return [_copied(item) for item in value] if isinstance(value, list) else value

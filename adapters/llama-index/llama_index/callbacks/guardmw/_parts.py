@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -131,9 +133,15 @@ def turn_of_result(output: object, name: str) -> Turn:
 def only_text(message: ChatMessage) -> str | None:
     """What a message says that is nothing but one text; None for any other."""
     blocks = message.blocks
-    return (
-        blocks[0].text if len(blocks) == 1 and type(blocks[0]) is TextBlock and not message.additional_kwargs else None
-    )
+    if len(blocks) != 1 or type(blocks[0]) is not TextBlock or message.additional_kwargs:
+        return None
+    return blocks[0].text if type(message) is ChatMessage else None
+
+
+def object_text(value: object) -> str:
+    """An object as its reader may see it: as JSON, and what of it JSON says in another way, or not at all."""
+    said = value.model_dump_json() if isinstance(value, BaseModel) else repr(value)
+    return "\n".join((said, *(text for _, text in _strings(value, (), marks=False) if text not in said)))
 
 
 def texts_in(value: object) -> str:
@@ -236,6 +244,10 @@ def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 
             yield Part((kind,), Turn(role, text, name=name))
     if beside:
         yield from _besides(beside, role, "message")
+    if type(message) is not ChatMessage:
+        # An integration's own, with fields of its own.
+        own = {key: value for key, value in message if key not in ChatMessage.model_fields}
+        yield from _besides(own, role, "message")
     yield from _calls([calls, _beside_calls(beside)], name)
     if media:
         yield Part(MEDIA, Turn(role, name=name, media=tuple(media)))
@@ -340,22 +352,36 @@ def _strings(value: object, path: Channel, *, marks: bool = True) -> Iterator[tu
     """Every text in a value, but for identifiers (``marks``); keys too, where they are text rather than names."""
     if isinstance(value, str):
         yield path, value
-    elif isinstance(value, bytes | bytearray):
-        yield path, value.decode("utf-8", "replace")
+    elif isinstance(value, bytes | bytearray | memoryview):
+        yield path, bytes(value).decode("utf-8", "replace")
     elif isinstance(value, Mapping):
-        keys = [key for key in value if isinstance(key, str) and not is_name(key)]
+        keys = [key for key in value if not isinstance(key, str) or not is_name(key)]
         if keys:
-            yield (*path, None), "\n".join(keys)
+            yield (*path, None), "\n".join(key if isinstance(key, str) else texts_in(key) for key in keys)
         for key, item in value.items():
             if not (marks and _is_mark(key, item)):
                 yield from _strings(item, (*path, key), marks=marks)
-    elif isinstance(value, BaseModel):
-        yield from _strings({**dict(value), **(value.model_extra or {})}, path, marks=marks)
-    elif isinstance(value, Sequence | set | frozenset):
+    elif isinstance(value, Sequence | AbstractSet):
         yield from _each(value, path, marks=marks)
+    elif (opened := _opened(value)) is not None:
+        yield from _strings(opened, path, marks=marks)
     elif value is not None and not isinstance(value, bool | int | float):
         # Of no kind that is known: what it shows of itself, as whoever prints it would see.
         yield path, str(value)
+
+
+def _opened(value: object) -> object:
+    """What is in an object that has more than it shows when it is printed; None for any other."""
+    if isinstance(value, BaseModel):
+        return {**dict(value), **(value.model_extra or {})}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in fields(value)}
+    # Long arrays and tables leave their middle out.
+    for name in ("tolist", "to_dict"):
+        with suppress(Exception):
+            if isinstance(held := getattr(value, name)(), list | Mapping):
+                return held
+    return None
 
 
 def _each(values: Iterable[object], path: Channel, *, marks: bool) -> Iterator[tuple[Channel, str]]:
@@ -365,7 +391,7 @@ def _each(values: Iterable[object], path: Channel, *, marks: bool) -> Iterator[t
 
 def _is_mark(key: object, item: object) -> bool:
     """Whether it is what a machine gives, where machines give that."""
-    if "signature" in str(key):
+    if isinstance(key, str) and "signature" in key:
         return isinstance(item, bytes) or (isinstance(item, str) and is_ciphertext(item))
     return key in _MARKS and is_mark(item)
 

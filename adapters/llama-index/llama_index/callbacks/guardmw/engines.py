@@ -8,12 +8,12 @@ from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeGuard
 from weakref import WeakValueDictionary
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, OnBlock, aclosed_after, begun, closed_after
-from llama_index.callbacks.guardmw._parts import texts_in
+from llama_index.callbacks.guardmw._parts import object_text, texts_in
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, enforced
 from llama_index.callbacks.guardmw.nodes import turn_of_node
 from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -208,9 +208,16 @@ class GuardedChatEngine(BaseChatEngine):
         self._gate = gate
         self._talk = _talk_with(inner)
 
-    def __reduce__(self) -> tuple[type[GuardedChatEngine], tuple[BaseChatEngine, Gate]]:
-        # The lock stays here, and so does an answer that is still being read.
-        return type(self), (self._inner, self._gate)
+    def __copy__(self) -> Self:
+        return type(self)(self._inner, self._gate)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The lock stays here, and so does what nobody has read yet of an answer, which the memory may have.
+        talk = self._talk.open
+        return type(self), (self._inner, self._gate), None if talk is None else talk.history()
+
+    def __setstate__(self, history: list[ChatMessage]) -> None:
+        self._remember(history)
 
     @property
     def inner(self) -> BaseChatEngine:
@@ -233,14 +240,15 @@ class GuardedChatEngine(BaseChatEngine):
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
         with self._alone():
-            exchange = _Exchange(self._before(chat_history), message)
+            given = None if chat_history is None else list(chat_history)
+            exchange = _Exchange(self._before(given), message)
             try:
                 self._gate.admit(exchange.asked)
             except Blocked as blocked:
                 return AgentChatResponse(self._gate.instead(blocked, _more))
             self._talk.open = exchange
             try:
-                response = self._inner.chat(message, chat_history)
+                response = self._inner.chat(message, given)
                 enforced(self._gate.ready().screen_many(_of_chat(response, exchange.asked)))
                 exchange.ended = True
             except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
@@ -254,14 +262,16 @@ class GuardedChatEngine(BaseChatEngine):
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
         with self._alone():
-            exchange = _Exchange(await self._abefore(chat_history), message)
+            # Others may go on writing into the list while a backend judges.
+            given = None if chat_history is None else list(chat_history)
+            exchange = _Exchange(await self._abefore(given), message)
             try:
                 await self._gate.aadmit(exchange.asked)
             except Blocked as blocked:
                 return AgentChatResponse(self._gate.instead(blocked, _more))
             self._talk.open = exchange
             try:
-                response = await self._inner.achat(message, chat_history)
+                response = await self._inner.achat(message, given)
                 enforced(await (await self._gate.aready()).ascreen_many(_of_chat(response, exchange.asked)))
                 exchange.ended = True
             except Exception as error:  # noqa: BLE001 - the same
@@ -275,14 +285,15 @@ class GuardedChatEngine(BaseChatEngine):
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
         with self._alone():
-            exchange = _Exchange(self._before(chat_history), message)
+            given = None if chat_history is None else list(chat_history)
+            exchange = _Exchange(self._before(given), message)
             try:
                 self._gate.admit(exchange.asked)
             except Blocked as blocked:
                 return _streamed(_only(self._gate.instead(blocked, _more)))
             self._talk.open, inner = exchange, None
             try:
-                inner = self._inner.stream_chat(message, chat_history)
+                inner = self._inner.stream_chat(message, given)
                 enforced(self._gate.ready().screen_many(_of_sources(inner, exchange.asked)))
             except BaseException as error:  # noqa: BLE001 - the same
                 if inner is not None:
@@ -299,14 +310,16 @@ class GuardedChatEngine(BaseChatEngine):
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
         with self._alone():
-            exchange = _Exchange(await self._abefore(chat_history), message)
+            # Others may go on writing into the list while a backend judges.
+            given = None if chat_history is None else list(chat_history)
+            exchange = _Exchange(await self._abefore(given), message)
             try:
                 await self._gate.aadmit(exchange.asked)
             except Blocked as blocked:
                 return _astreamed(_aonly(self._gate.instead(blocked, _more)))
             self._talk.open, inner = exchange, None
             try:
-                inner = await self._inner.astream_chat(message, chat_history)
+                inner = await self._inner.astream_chat(message, given)
                 enforced(await (await self._gate.aready()).ascreen_many(_of_sources(inner, exchange.asked)))
             except BaseException as error:  # noqa: BLE001 - the same
                 if inner is not None:
@@ -398,11 +411,14 @@ class GuardedChatEngine(BaseChatEngine):
         if self._talk.open is not exchange:
             return
         if not exchange.ended:
-            if self._memory is None:
-                self._inner.reset()
-            else:
-                self._memory.set(exchange.history())
+            self._remember(exchange.history())
         self._talk.open = None
+
+    def _remember(self, history: list[ChatMessage]) -> None:
+        if self._memory is None:
+            self._inner.reset()
+        else:
+            self._memory.set(history)
 
     async def _akeep(self, exchange: _Exchange) -> None:
         if self._talk.open is not exchange:
@@ -662,7 +678,7 @@ def _of_response(response: object, asked: Asked) -> list[Conversation]:
     nodes = getattr(response, "source_nodes", None) or ()
     trials = [*_of_nodes(nodes), *_of_metadata(getattr(response, "metadata", None) or {}, nodes, asked)]
     if isinstance(response, PydanticResponse):
-        text = response.response.model_dump_json() if response.response else ""
+        text = object_text(response.response) if response.response else ""
     elif isinstance(response, Response):
         text = response.response or ""
     elif isinstance(response, StreamingResponse | AsyncStreamingResponse):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, Input, OnBlock, Silent, begun
+from llama_index.callbacks.guardmw._parts import object_text
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, mark, withhold
 from llama_index.callbacks.guardmw.tools import names_of_guarded
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
@@ -493,7 +494,7 @@ class _Object(_Chat):
         return super().end(ChatResponse(message=message, raw=answer))
 
     def spoken(self, answer: object) -> str:
-        return answer.model_dump_json() if isinstance(answer, BaseModel) else repr(answer)
+        return object_text(answer)
 
     def refusal(self, verdict: Verdict, _: str) -> Any:  # noqa: ANN401 - never
         withhold(verdict)
