@@ -46,8 +46,8 @@ Input = Literal["before", "off"]
 BEGUN: Any = None
 """What a stream yields first; see ``begun``."""
 
-judging: ContextVar[Judge | None] = ContextVar("guardmw_judging", default=None)
-"""Whose guard judges, by itself, what LlamaIndex's callback handlers are being told."""
+judging: ContextVar[tuple[Judge, str] | None] = ContextVar("guardmw_judging", default=None)
+"""Whose guard judges, by itself, the event that LlamaIndex's callback handlers are being told of, by its id."""
 
 
 class Silent(CallbackManager):
@@ -254,9 +254,10 @@ class Gate:
         return own is other or (own.backend is other.backend and own.policy == other.policy)
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Callback handlers that are told of a call meanwhile need not judge it by this guard once more."""
-        token = judging.set(self._judge if self._input else None)
+    def told(self, event_id: str) -> Iterator[None]:
+        """Callback handlers that are told of this event meanwhile need not judge it by this guard once more."""
+        # Of this one alone: a handler may ask another LLM, or leave a task behind that does.
+        token = judging.set((self._judge, event_id) if self._input else None)
         try:
             yield
         finally:

@@ -112,7 +112,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
         Raises:
             Blocked: the policy blocks it, or wants it reviewed.
         """
-        if self._is_judged():
+        if self._is_judged(event_id):
             return event_id
         try:
             asked = _asked(event_type, payload or {})
@@ -140,7 +140,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
             Blocked: the policy blocks it, or wants it reviewed.
         """
         payload = payload or {}
-        if self._is_judged():
+        if self._is_judged(event_id):
             return
         try:
             if event_type == CBEventType.RETRIEVE:
@@ -158,9 +158,9 @@ class GuardCallbackHandler(BaseCallbackHandler):
     def end_trace(self, trace_id: str | None = None, trace_map: dict[str, list[str]] | None = None) -> None:
         """Nothing: a verdict does not depend on the trace."""
 
-    def _is_judged(self) -> bool:
+    def _is_judged(self, event_id: str) -> bool:
         """Whether the guard of this handler judges in the LLM itself what this event tells of."""
-        return judging.get() == self._judge
+        return judging.get() == (self._judge, event_id)
 
     def _enter(self, asked: Asked) -> None:
         """Judge what of this has not passed before."""

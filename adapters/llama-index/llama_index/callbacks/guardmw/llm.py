@@ -9,6 +9,7 @@ from contextlib import aclosing, closing, contextmanager, nullcontext
 from functools import partial
 from inspect import currentframe, getattr_static
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from uuid import uuid4
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, Input, OnBlock, Silent, begun
@@ -543,8 +544,9 @@ class _Told:
         self._id: str | None = None
 
     def start(self) -> None:
-        with self._gate.told():
-            self._id = self._manager.on_event_start(CBEventType.LLM, payload=self._call.start())
+        event_id = str(uuid4())
+        with self._gate.told(event_id):
+            self._id = self._manager.on_event_start(CBEventType.LLM, payload=self._call.start(), event_id=event_id)
 
     def end(self, answer: object) -> None:
         self._end(lambda: self._call.end(answer))
@@ -564,7 +566,7 @@ class _Told:
         # Once: a handler may raise at the end, too.
         if (event_id := self._id) is not None:
             self._id = None
-            with self._gate.told():
+            with self._gate.told(event_id):
                 self._manager.on_event_end(CBEventType.LLM, payload=payload(), event_id=event_id)
 
     @begun
