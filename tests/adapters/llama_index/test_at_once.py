@@ -149,6 +149,8 @@ def test_guarded_engines_around_one_engine_take_turns() -> None:
     assert [message.content for message in first.chat_history] == ["two", "Fine."]
 
 
+# LlamaIndex reports what a chat engine's thread raises on its own, too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_question_through_one_guard_ends_an_answer_that_is_read_through_another(copied: bool) -> None:
     """What was not judged of it is in no memory."""
@@ -199,6 +201,7 @@ class Sentences(CustomLLM):
         yield CompletionResponse(text=(text := self.complete(prompt).text), delta=text)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("way", [copy, deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])  # noqa: S301
 def test_a_copy_remembers_nothing_that_nobody_has_judged(way: Callable[[Any], Any]) -> None:
     """The engine's own thread has put all of an answer into its memory already."""

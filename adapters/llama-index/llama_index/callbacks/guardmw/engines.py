@@ -36,6 +36,7 @@ from llama_index.core.query_engine import (
 from llama_index.core.schema import BaseNode, NodeWithScore
 
 from guardmw import Blocked, Conversation, GuardmwError, Turn
+from guardmw.identifiers import is_mark
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -741,26 +742,30 @@ def _of_nodes(nodes: Sequence[NodeWithScore]) -> list[Conversation]:
 
 
 def _whole(node: NodeWithScore) -> Turn:
-    """A node as its caller has it: as a model reads it, and with the metadata that no model is shown."""
+    """A node as its caller has it: as a model reads it, and with what no model is shown."""
     turn = turn_of_node(node)
     texts = [turn.text]
     behind: object = node.node
     while isinstance(behind, BaseNode):
-        # A template may leave out what is not excluded, too.
+        # A template may leave out what is not excluded, too, and the content itself.
         hidden = {key: value for key, value in behind.metadata.items() if f"{key}: {value}" not in turn.text}
-        texts.append(texts_in(hidden))
-        texts += (texts_in(related) for related in _of_relatives(behind))
+        texts += (text for text in (behind.get_content().strip(), texts_in(hidden)) if text not in turn.text)
+        texts += _of_relatives(behind)
+        texts += (id_ for id_ in (behind.node_id, getattr(behind, "index_id", None)) if id_ and not is_mark(id_))
         behind = getattr(behind, "obj", None)
         behind = behind.node if isinstance(behind, NodeWithScore) else behind
     return replace(turn, text="\n".join(dict.fromkeys(filter(None, texts))))
 
 
-def _of_relatives(node: BaseNode) -> Iterator[dict[str, Any]]:
-    """The metadata of the nodes around it, of its document too, where that is not its own."""
+def _of_relatives(node: BaseNode) -> Iterator[str]:
+    """What is noted of the nodes around it, of its document too, where that is not its own; and their ids."""
+    own = node.metadata
     for relatives in node.relationships.values():
         for relative in relatives if isinstance(relatives, list) else [relatives]:
-            own = node.metadata
-            yield {key: value for key, value in relative.metadata.items() if key not in own or own[key] != value}
+            noted = relative.metadata.items()
+            yield texts_in({key: value for key, value in noted if key not in own or own[key] != value})
+            if not is_mark(relative.node_id):
+                yield relative.node_id
 
 
 def _said(text: str, asked: Asked) -> Conversation:
