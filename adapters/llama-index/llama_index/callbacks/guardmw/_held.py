@@ -126,6 +126,7 @@ class _Stream:
         self._rest: list[str] = []
         self._pieces: dict[str | Place, _Stream] = {}
         self._ids: dict[Place, str] = {}
+        self._names: dict[str | Place, dict[str, None]] = {}
         self._media: dict[str, None] = {}
 
     def add(self, part: Part) -> str:
@@ -184,6 +185,7 @@ class _Stream:
         changed = False
         for call, place in zip(part.turn.tool_calls, part.places, strict=True):
             for key in self._keys(call, place):
+                self._names.setdefault(key, {})[call.name] = None
                 changed |= self._add_arguments(call, key)
             at = next((at for at, before in enumerate(self._calls) if _is_later(before, call)), None)
             if at is None:
@@ -228,7 +230,8 @@ class _Stream:
         return bool(pieces._add_content(text, said=False))
 
     def _joined(self) -> Iterator[str]:
-        """What arguments that came in pieces come to."""
+        """What names and arguments that came in pieces come to."""
+        yield from dict.fromkeys("".join(names) for names in self._names.values() if len(names) - ("" in names) > 1)
         said = {call.arguments for call in self._calls if isinstance(call.arguments, str)}
         for text in dict.fromkeys(pieces.text for pieces in self._pieces.values()):
             if text not in said:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Channel = tuple["Hashable", ...]
 """Where a part stands; in a stream, parts of one channel belong together."""
 
-Place = tuple[Literal["index", "at"], int]
+Place = tuple[Literal["index", "at"], int | str]
 """By which the pieces of a tool call are known to belong together, where they have no id."""
 
 TEXT: Channel = ("text",)
@@ -297,7 +297,7 @@ def _unknown(placed: Iterable[_Placed], known: Sequence[_Placed]) -> list[_Place
 
 def _place(call: object, at: int) -> Place:
     index = call.get("index") if isinstance(call, Mapping) else getattr(call, "index", None)
-    return ("index", index) if isinstance(index, int) else ("at", at)
+    return ("index", index) if isinstance(index, int | str) else ("at", at)
 
 
 def tool_calls(given: Sequence[object]) -> tuple[ToolCall, ...]:
