@@ -63,17 +63,18 @@ def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = 
     sent = messages = list(messages)
     last = _last_question(messages) if left_out else 0
     for at, message in enumerate(messages):
+        role = ROLES[message.role]
         parts: Sequence[Turn] = ()
         if text := only_text(message):
-            whole = Turn(ROLES[message.role], text)
+            whole = Turn(role, text)
         elif read := parts_of_message(message):
             whole = merged(read)
             parts = [part.turn for part in read]
         else:
             continue
-        judged = own or ROLES[message.role] != "assistant"
-        if at < last and message.role == MessageRole.USER and _is_in(left_out, so_far, parts or (whole,)):
-            whole, parts, judged = Turn("user", WITHHELD), (), False
+        judged = own or role != "assistant"
+        if at < last and role == "user" and _is_in(left_out, so_far, parts or (whole,)):
+            whole, judged = Turn("user", WITHHELD), False
             sent = [*sent[:at], ChatMessage(content=WITHHELD), *sent[at + 1 :]]
         if judged and parts:
             trials += [(digest_after(so_far, part), len(turns), part) for part in parts]

@@ -114,7 +114,7 @@ def trials_of(answer: object, context: Sequence[Turn]) -> list[Conversation]:
     """Each part of what a model answered, on trial."""
     trials = []
     for part in parts_of_answer(answer):
-        turn = spelled_out(part.turn)
+        turn = spelled_out(part.turn) if part.turn.tool_calls else part.turn
         # What was not streamed may name as new what it says anyway.
         if part.delta and part.delta not in turn.text:
             turn = Turn(turn.role, turn.text + part.delta, name=turn.name)
@@ -151,8 +151,6 @@ def texts_in(value: object) -> str:
 
 def spelled_out(turn: Turn) -> Turn:
     """A turn with what arguments that do not parse come to all the same: LlamaIndex adds the end that they lack."""
-    if not turn.tool_calls:
-        return turn
     raw = [call.arguments for call in turn.tool_calls if isinstance(call.arguments, str)]
     plain = [text for text in map(unescaped, raw) if text not in raw]
     return replace(turn, text="\n".join((turn.text, *plain) if turn.text else plain)) if plain else turn
