@@ -19,7 +19,7 @@ ADAPTERS = ROOT / "adapters"
 
 # From the ground up; a module imports from its own storey and from those before it.
 STOREYS = (
-    {"_yaml", "errors", "conversation", "taxonomy"},
+    {"_yaml", "errors", "conversation", "identifiers", "taxonomy"},
     {"verdict", "settings"},
     {"arguments", "running", "tools"},
     {"policy"},

@@ -16,11 +16,12 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command
 
 from guardmw import Blocked
+from guardmw.identifiers import is_mark
 from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate, quoted
 from langchain_guardmw.model import as_chunk, stand_in
 from langchain_guardmw.outcome import log, refusal, strictest
-from langchain_guardmw.parts import as_mark, is_mark, is_role, unsaid, within
+from langchain_guardmw.parts import as_mark, is_role, unsaid, within
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator

@@ -9,9 +9,10 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
+from guardmw.identifiers import is_mark
 from guardmw.running import Running
 from langchain_guardmw.outcome import strictest
-from langchain_guardmw.parts import CONTEXT_TURNS, is_mark, is_plain, spoken, within
+from langchain_guardmw.parts import CONTEXT_TURNS, is_plain, spoken, within
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence

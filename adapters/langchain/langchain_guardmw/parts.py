@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -36,6 +35,7 @@ from langchain_core.runnables import AddableDict
 from pydantic import BaseModel
 
 from guardmw import Conversation, ConversationError, ToolCall, Turn
+from guardmw.identifiers import is_ciphertext, is_mark, is_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -82,11 +82,8 @@ _SPEAKERS: dict[Stage, Role] = {
 # Numbers, dates and identifiers carry no message.
 _BYTES = (bytes, bytearray, memoryview)
 _WORDLESS = (type(None), Number, date, time, timedelta, UUID)
-# Beside the text, providers put identifiers, which nobody reads (and in which there are no spaces).
-_LONGEST_NAME = 64
+# Beside the text, providers put identifiers, which nobody reads.
 _MARKS = frozenset({"id", "call_id", "tool_call_id", "type", "index", "status", "mime_type"})
-_is_word = re.compile(r"[!-~]{0,64}").fullmatch
-_CIPHERTEXT = re.compile(r"[\w+/=-]*", re.ASCII)
 _MEDIA = ("image", "audio", "video", "file", "document", "media")
 # Where providers put the arguments of a call; what has streamed is in the last, and the others are empty.
 _ARGUMENTS = ("input", "args", "arguments", "partial_json")
@@ -189,12 +186,6 @@ def is_plain(message: BaseMessage) -> bool:
     )
 
 
-def is_mark(id_: object) -> bool:
-    """Whether it is one word that a machine gives; no sentence of a script without spaces is."""
-    # Proxies hang a signature onto the ids of calls.
-    return id_ is None or (isinstance(id_, str) and (_is_word(id_) is not None or _is_random(id_)))
-
-
 def as_mark(id_: str | None) -> str | None:
     """An id that may stand in the place of this one: itself where it is a mark, else always the same other."""
     if id_ is None or is_mark(id_):
@@ -205,12 +196,6 @@ def as_mark(id_: str | None) -> str | None:
 def is_role(word: object) -> bool:
     """Whether it is a word for one of those who speak; another may be anybody's text."""
     return word in _ROLES
-
-
-def is_name(text: str) -> bool:
-    """Whether a key or a name is one that a programmer gives; another may be anybody's text."""
-    # Whole sentences are identifiers in scripts that do without spaces.
-    return text.isascii() and len(text) <= _LONGEST_NAME and text.replace("-", "_").replace(".", "_").isidentifier()
 
 
 def within(context: tuple[Turn, ...], conversation: Conversation) -> Conversation:
@@ -620,15 +605,4 @@ def _is_mark(key: str, item: str) -> bool:
 
 def _is_cipher(at: Kind, item: str, role: Role) -> bool:
     """Whether it is ciphertext, where providers put that."""
-    if role != "assistant" or at not in _CIPHERS:
-        return False
-    return _is_random(item) or (len(item) <= _LONGEST_NAME and _CIPHERTEXT.fullmatch(item) is not None)
-
-
-def _is_random(item: str) -> bool:
-    """Whether it is as random as base64 is; else a long word is some text without spaces."""
-    if not _CIPHERTEXT.fullmatch(item):
-        return False
-    digits, capitals = sum(map(str.isdigit, item)), sum(map(str.isupper, item))
-    # Chance gives 10, 26 and 26 of 64.
-    return digits * 16 > len(item) and len(item) < capitals * 8 < 6 * len(item)
+    return role == "assistant" and at in _CIPHERS and is_ciphertext(item)

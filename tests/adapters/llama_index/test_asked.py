@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed, asked_apart, asked_in_chat, asked_in_turns
+from llama_index.callbacks.guardmw._asked import (
+    CONTEXT_TURNS,
+    Passed,
+    _spelled,
+    asked_apart,
+    asked_in_chat,
+    digest_after,
+)
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
 
 from guardmw import Guard, ToolCall, Turn
@@ -22,10 +30,18 @@ CALLS = st.lists(st.builds(ToolCall, WORDS, st.dictionaries(WORDS, WORDS, max_si
 TURNS = st.lists(st.builds(Turn, st.sampled_from(["user", "tool"]), WORDS, CALLS, WORDS), min_size=1, max_size=3)
 
 
+def digest_of(turns: Sequence[Turn]) -> bytes:
+    """Of the last turn, and of all before it."""
+    so_far = blake2b(digest_size=16)
+    for turn in turns[:-1]:
+        so_far.update(_spelled(turn))
+    return digest_after(so_far, turns[-1])
+
+
 @given(TURNS, TURNS)
 def test_only_the_same_is_known_again(one: list[Turn], other: list[Turn]) -> None:
     """Not what merely reads alike when it is put together."""
-    assert (asked_in_turns(one).trials[-1][0] == asked_in_turns(other).trials[-1][0]) == (one == other)
+    assert (digest_of(one) == digest_of(other)) == (one == other)
 
 
 @given(st.lists(st.lists(st.sampled_from(["hi", "", "a\nuser\nb", "EVIL"]), min_size=1, max_size=3), max_size=13))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from dataclasses import dataclass, field
+from random import Random
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from llama_index.callbacks.guardmw import guard_llm
 from llama_index.core.base.llms.types import (
@@ -14,7 +19,7 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
-from llama_index.core.bridge.pydantic import BaseModel, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
 from llama_index.core.llms import MockLLM
 from llama_index.core.prompts import PromptTemplate
 
@@ -39,6 +44,13 @@ class Answering(MockLLM):
         made._answer = ChatResponse(message=message, delta=message.content, additional_kwargs=besides)
         return made
 
+    @classmethod
+    def of(cls, made_of: BaseModel) -> Answering:
+        """One that predicts this object."""
+        made = cls.with_(said())
+        made._answer.raw = made_of
+        return made
+
     def chat(self, messages: Any, **kwargs: Any) -> ChatResponse:
         """The answer."""
         return self._answer
@@ -46,6 +58,10 @@ class Answering(MockLLM):
     def stream_chat(self, messages: Any, **kwargs: Any) -> Iterator[ChatResponse]:
         """The answer, in one piece."""
         yield self._answer
+
+    def structured_predict(self, *_: Any, **__: Any) -> Any:
+        """What it was made with."""
+        return self._answer.raw
 
     def stream_structured_predict(self, *_: Any, **__: Any) -> Iterator[Any]:
         """Two states of an object."""
@@ -57,6 +73,26 @@ class State(BaseModel):
     """An object with a field that is called as identifiers are."""
 
     status: str
+
+
+class Terse(BaseModel):
+    """An object with a field that its JSON leaves out."""
+
+    name: str
+    note: str = Field(default="", exclude=True)
+
+
+@dataclass
+class Record:
+    """An object with a field that its repr leaves out."""
+
+    note: str = field(repr=False)
+
+
+class Own(ChatMessage):
+    """A message with a field of its own."""
+
+    note: str
 
 
 class Shown:
@@ -79,8 +115,15 @@ LLMS = {
     "an id that is a sentence": Answering.with_(said(id="坏东西，说明书")),
     "a status that is too long": Answering.with_(said(status="EVIL" * 20)),
     "bytes": Answering.with_(said(x=b"EVIL")),
+    "a view of bytes": Answering.with_(said(x=memoryview(b"EVIL"))),
+    "keys that are no text": Answering.with_(said(x={("EVIL", 1): 1})),
+    "keys that are bytes": Answering.with_(said(x={b"EVIL": 1})),
+    "the middle of a long array": Answering.with_(said(x=np.array(["x"] * 600 + ["EVIL"] + ["x"] * 600))),
+    "what no repr shows": Answering.with_(said(x=Record("EVIL"))),
+    "a message of a provider's own": Answering.with_(Own(role=MessageRole.ASSISTANT, content="fine", note="EVIL")),
     "an object": Answering.with_(said(x=Shown())),
     "what a call says besides": Answering.with_(said(tool_calls=[{"name": "sh", "arguments": "{}", "note": "EVIL"}])),
+    "a signature that is a sentence": Answering.with_(said(signature="say-EVIL-at-once," * 5)),
     "a call's id with spaces": Answering.with_(
         ChatMessage(
             role="assistant", blocks=[ToolCallBlock(tool_call_id="EVIL at once", tool_name="a", tool_kwargs={})]
@@ -113,7 +156,44 @@ def test_no_field_of_an_object_is_an_identifier() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("given", "word"), [(Terse(name="x", note="EVIL"), "EVIL"), (Terse(name="at\nonce"), "at\nonce")]
+)
+def test_of_an_object_more_is_judged_than_its_json(given: BaseModel, word: str) -> None:
+    """Its reader has fields, in which nothing is escaped, or left out."""
+    with pytest.raises(Blocked):
+        guard_llm(Answering.of(given), KeywordBackend({word: 0.99})).structured_predict(Terse, PromptTemplate("give"))
+    assert guard_llm(Answering.of(given), KeywordBackend({})).structured_predict(Terse, PromptTemplate("give")) is given
+
+
 def test_identifiers_and_signatures_pass() -> None:
     """Words that a machine gives."""
     llm = guard_llm(Answering.with_(said(id="EVIL_1", thought_signature="RVZJTA==EVIL")), BACKEND)
     assert llm.chat([ChatMessage(content="hi")]).message.content == "fine"
+
+
+SIGNED = f"call_1__thought__{b64encode(Random(1).randbytes(1200)).decode()}"  # noqa: S311 - no secret
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        said(tool_calls=[{"id": SIGNED, "function": {"name": "sh", "arguments": "{}"}}]),
+        said(response_id=SIGNED),
+        ChatMessage(role="assistant", blocks=[ToolCallBlock(tool_call_id=SIGNED, tool_name="sh", tool_kwargs={})]),
+        ChatMessage(role="tool", content="fine", additional_kwargs={"tool_call_id": SIGNED}),
+    ],
+)
+def test_an_id_with_a_signature_is_left_alone(message: ChatMessage) -> None:
+    """Proxies hang what a provider signed onto the id of a call; asked and answered, whole and streamed."""
+    llm = guard_llm(Answering.with_(message), KeywordBackend({"call_": 0.99}))
+    assert llm.chat([message, ChatMessage(content="hi")]).message is message
+    assert len(list(llm.stream_chat([message, ChatMessage(content="hi")]))) == 1
+
+
+def test_a_stream_may_carry_what_cannot_be_copied() -> None:
+    """It goes out; what stands beside it is a copy, which the model cannot change any more."""
+    lock, notes = Lock(), ["fine"]
+    (chunk,) = guard_llm(Answering.with_(said(x={"lock": lock, "notes": notes})), BACKEND).stream_chat([])
+    notes.append("EVIL")
+    assert chunk.message.additional_kwargs == {"x": {"lock": lock, "notes": ["fine"]}}

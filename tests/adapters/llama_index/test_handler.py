@@ -700,3 +700,26 @@ def test_events_that_never_end_are_forgotten(make_handler: MakeHandler, monkeypa
     for at in range(10):
         handler.on_event_start(CBEventType.LLM, {EventPayload.PROMPT: f"hi {at}"}, event_id=str(at))
     assert list(handler._asked) == ["6", "7", "8", "9"]
+
+
+class Asking(Recording):
+    """Asks a model what it makes of what it is told."""
+
+    def __init__(self, ask: Callable[[], object]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def on_event_start(self, event_type: CBEventType, *args: Any, **kwargs: Any) -> str:
+        if event_type == CBEventType.LLM:
+            self._ask()
+        return str(kwargs["event_id"])
+
+
+def test_what_a_handler_asks_meanwhile_is_judged(make_llm: MakeLLM, make_handler: MakeHandler) -> None:
+    """A guarded LLM judges its own call, and not those of whom it tells of it."""
+    guard = Guard(EVIL)
+    other = make_llm(make_handler(guard))
+    asking = Asking(lambda: other.complete("EVIL"))
+    with pytest.raises(Blocked):
+        guard_llm(make_llm(asking), guard).complete("fine")
+    assert other.calls == 0

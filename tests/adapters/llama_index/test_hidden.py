@@ -33,6 +33,8 @@ BESIDE = TextNode(text="fine", metadata=EXCLUDED, excluded_llm_metadata_keys=["o
 UNTOLD = TextNode(text="fine", metadata=EXCLUDED, text_template="{content}")
 KEYED = TextNode(text="fine", metadata={"is it BAD?": 1}, excluded_llm_metadata_keys=["is it BAD?"])
 BEHIND = IndexNode(text="fine", index_id="1", obj=BESIDE)
+UNSHOWN = TextNode(text="BAD", metadata={"author": "Somebody"}, text_template="{metadata_str}")
+NAMED = TextNode(text="fine", id_="What a BAD name.")
 
 
 class Witness(KeywordBackend):
@@ -119,13 +121,17 @@ async def astream_chat(node: TextNode, g: Any) -> None:
 
 
 WAYS = pytest.mark.parametrize("way", [query, aquery, retrieve, chat, stream_chat, astream_chat])
-NODES = pytest.mark.parametrize("node", [BESIDE, UNTOLD, KEYED, BEHIND], ids=["excluded", "no place", "key", "behind"])
+NODES = pytest.mark.parametrize(
+    "node",
+    [BESIDE, UNTOLD, KEYED, BEHIND, UNSHOWN, NAMED],
+    ids=["excluded", "no place", "key", "behind", "unshown", "id"],
+)
 
 
 @WAYS
 @NODES
 async def test_metadata_that_no_model_is_shown_is_judged(way: Callable[..., Awaitable[None]], node: TextNode) -> None:
-    """Whether a key is excluded, or the template has no place for it; and where a node leads, too."""
+    """Whether a key is excluded, or the template has no place for it, or for the text; and where a node leads, too."""
     with pytest.raises(Blocked):
         await way(node, Witness())
 

@@ -17,7 +17,16 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks.base import global_stack_trace
 from llama_index.core.callbacks.schema import BASE_TRACE_EVENT
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import (
+    ImageNode,
+    IndexNode,
+    MediaResource,
+    MetadataMode,
+    Node,
+    NodeWithScore,
+    QueryBundle,
+    TextNode,
+)
 
 from guardmw import BackendError, Blocked, Conversation, Guard, Policy, Scores
 from guardmw.testing import KeywordBackend, ScriptedBackend
@@ -278,3 +287,28 @@ def test_wrong_options_are_named() -> None:
         GuardPostprocessor(1)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="unknown backend 'nonesuch'"):
         GuardPostprocessor("nonesuch")
+
+
+def test_a_node_is_read_with_the_metadata_its_reader_sees() -> None:
+    """Text and metadata for LLMs are judged; metadata kept from LLMs is not."""
+    node = TextNode(
+        id_="n1", text="body", metadata={"title": "EVIL", "path": "hidden"}, excluded_llm_metadata_keys=["path"]
+    )
+    turn = nodes.turn_of_node(NodeWithScore(node=node))
+    assert (turn.role, turn.name, turn.media) == ("document", "n1", ())
+    assert "EVIL" in turn.text
+    assert "body" in turn.text
+    assert "hidden" not in turn.text
+
+
+@pytest.mark.parametrize(
+    ("node", "media"),
+    [
+        (ImageNode(text="a caption", image_url="u"), ("image",)),
+        (Node(text_resource=MediaResource(text="a caption"), audio_resource=MediaResource(data=b"x")), ("audio",)),
+    ],
+)
+def test_a_node_that_is_more_than_text_says_so(node: Node, media: tuple[str, ...]) -> None:
+    """Images, audio and video of a node make its verdict partial."""
+    turn = nodes.turn_of_node(NodeWithScore(node=node))
+    assert (turn.text, turn.media) == ("a caption", media)

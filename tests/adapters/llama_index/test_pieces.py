@@ -140,6 +140,57 @@ def test_arguments_that_come_in_pieces_are_judged_as_a_whole(chunk: Any, ids: li
     assert list(guard_llm(Saying.of(chunks), Witness()).stream_chat([ChatMessage(content="hi")])) == chunks
 
 
+def interleaved(*pieces: tuple[str | None, int | str | None, str]) -> list[ChatResponse]:
+    """Chunks with a piece of a call each, by its id and its index."""
+    calls = [{"id": id_, "index": index, "function": {"name": "run", "arguments": text}} for id_, index, text in pieces]
+    return [
+        ChatResponse(message=ChatMessage(role="assistant", additional_kwargs={"tool_calls": [call]})) for call in calls
+    ]
+
+
+BY_INDEX = [(None, 0, '{"cmd": "B'), (None, 1, '{"cmd": "fi'), (None, 0, 'AD"}'), (None, 1, 'ne"}')]
+BY_WORD = [(None, "0", '{"cmd": "B'), (None, "1", '{"cmd": "fi'), (None, "0", 'AD"}'), (None, "1", 'ne"}')]
+BY_BOTH = [("a", 0, '{"cmd": "B'), ("b", 1, '{"cmd": "fi'), (None, 0, 'AD"}'), (None, 1, 'ne"}')]
+BY_ID = [("a", None, '{"cmd": "B'), ("b", None, '{"cmd": "fi'), ("a", None, 'AD"}'), ("b", None, 'ne"}')]
+ONE_INDEX = [("a", 0, '{"cmd": "B'), ("b", 0, '{"cmd": "fi'), ("a", 0, 'AD"}'), ("b", 0, 'ne"}')]
+NEW_IDS = [("a", 0, '{"cmd": "B'), ("b", 1, '{"cmd": "fi'), ("c", 0, 'AD"}'), ("d", 1, 'ne"}')]
+
+
+@pytest.mark.parametrize("pieces", [BY_INDEX, BY_WORD, BY_BOTH, BY_ID, ONE_INDEX, NEW_IDS])
+def test_pieces_of_several_calls_are_joined_by_what_tells_them_apart(pieces: Any) -> None:
+    """By all that does: whoever puts them together may go by the one or the other."""
+    chunks = interleaved(*pieces)
+    with pytest.raises(Blocked):
+        list(guard_llm(Saying.of(chunks), Witness("BAD")).stream_chat([ChatMessage(content="hi")]))
+    assert list(guard_llm(Saying.of(chunks), Witness()).stream_chat([ChatMessage(content="hi")])) == chunks
+
+
+@pytest.mark.parametrize("id_", ["a", None])
+def test_a_name_that_comes_in_pieces_is_judged_as_a_whole(id_: str | None) -> None:
+    """One that is only said again is not."""
+    chunks = interleaved((id_, 0, ""), (id_, 0, ""), (None, 0, "{}"))
+    for chunk, name in zip(chunks, ("B", "AD", ""), strict=True):
+        chunk.message.additional_kwargs["tool_calls"][0]["function"]["name"] = name
+    with pytest.raises(Blocked):
+        list(guard_llm(Saying.of(chunks), Witness("BAD")).stream_chat([ChatMessage(content="hi")]))
+    again = interleaved((id_, 0, ""), (id_, 0, "{}"))
+    assert list(guard_llm(Saying.of(again), Witness("runrun")).stream_chat([ChatMessage(content="hi")])) == again
+
+
+def test_the_same_piece_of_two_calls_counts_for_both() -> None:
+    """In one chunk, without ids."""
+
+    def both(text: str) -> ChatResponse:
+        calls = [{"function": {"name": "run", "arguments": text}}] * 2
+        return ChatResponse(message=ChatMessage(role="assistant", additional_kwargs={"tool_calls": calls}))
+
+    second = {"tool_calls": [{"name": "run", "arguments": "x"}, {"name": "run", "arguments": 'D"}'}]}
+    last = ChatResponse(message=ChatMessage(role="assistant", additional_kwargs=second))
+    chunks = [both('{"cmd": "'), both("BA"), last]
+    with pytest.raises(Blocked):
+        list(guard_llm(Saying.of(chunks), Witness("BAD")).stream_chat([ChatMessage(content="hi")]))
+
+
 @EITHER_CALL
 def test_a_piece_of_arguments_that_comes_twice_counts_twice(chunk: Any) -> None:
     """As in a text."""

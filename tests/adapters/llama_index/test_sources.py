@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from llama_index.callbacks.guardmw import REFUSAL, guard_chat_engine
+from llama_index.callbacks.guardmw import REFUSAL, guard_chat_engine, guard_query_engine
 from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.base.llms.types import ChatMessage, CompletionResponse, LLMMetadata, ToolCallBlock
 from llama_index.core.base.response.schema import Response
@@ -17,6 +17,7 @@ from llama_index.core.chat_engine import CondenseQuestionChatEngine, ContextChat
 from llama_index.core.chat_engine.types import AgentChatResponse
 from llama_index.core.llms import CustomLLM
 from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 from llama_index.core.tools import ToolOutput
 
 from guardmw import Blocked
@@ -210,3 +211,28 @@ def test_all_that_a_tool_was_given_and_gave_is_judged(output: ToolOutput) -> Non
     engine.output = output
     with pytest.raises(Blocked):
         guard_chat_engine(engine, Witness("EVIL")).chat("What?")
+
+
+RELATED = RelatedNodeInfo(node_id="1", metadata={"note": "EVIL"})
+
+
+@pytest.mark.parametrize("related", [RELATED, [RelatedNodeInfo(node_id="2"), RELATED]])
+def test_the_metadata_of_a_nodes_relatives_is_judged(related: Any) -> None:
+    """No model is shown it; whoever has the node has it."""
+    kind = NodeRelationship.CHILD if isinstance(related, list) else NodeRelationship.SOURCE
+    found = NodeWithScore(node=TextNode(text="Eggs are boiled.", relationships={kind: related}))
+    engine = VectorStoreIndex([]).as_query_engine(llm=Condensing())
+    guarded = guard_query_engine(engine, witness := Witness("EVIL"))
+    with pytest.raises(Blocked):
+        guarded.synthesize(QueryBundle("How?"), [found])
+    assert "Eggs are boiled.\nEVIL" in witness.read
+
+
+def test_metadata_that_relatives_have_in_common_is_read_once() -> None:
+    """As a parser gives them: all have that of their document."""
+    shared = {"file": "eggs.txt"}
+    relatives: Any = {kind: RelatedNodeInfo(node_id="1", metadata=shared) for kind in ("1", "2", "3")}
+    found = NodeWithScore(node=TextNode(text="Eggs are boiled.", metadata=shared, relationships=relatives))
+    engine = VectorStoreIndex([]).as_query_engine(llm=Condensing())
+    guard_query_engine(engine, witness := Witness("EVIL")).synthesize(QueryBundle("How?"), [found])
+    assert "file: eggs.txt\n\nEggs are boiled." in witness.read

@@ -487,7 +487,7 @@ async def test_a_guarded_llm_leaves_a_review_to_its_tools(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("guarded", ["no tool", "by another", "one of two"])
+@pytest.mark.parametrize("guarded", ["no tool", "by another", "one of two", "one of the same name"])
 async def test_a_guarded_llm_withholds_a_review_that_no_tool_sees_to(
     streaming: bool, guarded: str, world: World
 ) -> None:
@@ -498,6 +498,7 @@ async def test_a_guarded_llm_withholds_a_review_that_no_tool_sees_to(
         "no tool": [tool, other],
         "by another": guard_tools([tool, other], Guard(EVIL)),
         "one of two": [guard_tool(tool, guard), other],
+        "one of the same name": [*guard_tools([tool, other], guard), tool],
     }[guarded]
     model = guard_llm(Model([("act", {"text": "hi"}), ("other", {"text": "hi"})]).functions(), guard)
     with pytest.raises(Blocked):

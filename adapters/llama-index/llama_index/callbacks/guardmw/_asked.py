@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from llama_index.callbacks.guardmw._parts import merged, parts_of_message
-from llama_index.callbacks.guardmw._turns import ROLES, only_text
+from llama_index.callbacks.guardmw._parts import ROLES, merged, only_text, parts_of_message
 from llama_index.callbacks.guardmw._verdicts import withholds
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 
@@ -29,8 +28,7 @@ WITHHELD = "[Withheld by policy.]"
 """What stands in a chat for a question that was withheld before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """What goes into a call.
 
     Attributes:
@@ -50,59 +48,52 @@ class Asked:
         return tuple(self.turns[-CONTEXT_TURNS:])
 
 
-def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = ()) -> Asked:
-    """Every message of a chat, the model's own too, part by part.
+def asked_in_chat(messages: Sequence[ChatMessage], left_out: Container[bytes] = (), *, own: bool = True) -> Asked:
+    """Every message of a chat, part by part.
 
     Args:
         messages: of the chat.
+        own: whether the model's own are to be judged, too.
         left_out: digests of questions in whose place a note stands, once the user has gone on.
     """
-    before = b""
+    so_far = _nothing()
     turns: list[Turn] = []
     trials: list[tuple[bytes, int, Turn]] = []
-    sent = messages
+    # While a backend judges, others may go on writing into the list.
+    sent = messages = list(messages)
     last = _last_question(messages) if left_out else 0
     for at, message in enumerate(messages):
+        role = ROLES[message.role]
+        parts: Sequence[Turn] = ()
         if text := only_text(message):
-            whole = Turn(ROLES[message.role], text)
-            digest = _after(before, whole)
-            parts = [(digest, len(turns), whole)]
+            whole = Turn(role, text)
         elif read := parts_of_message(message):
-            parts = [(_after(before, part.turn), len(turns), part.turn) for part in read]
-            whole = parts[0][2] if len(parts) == 1 else merged(read)
-            digest = _after(before, whole)
+            whole = merged(read)
+            parts = [part.turn for part in read]
         else:
             continue
-        if left_out and at < last and message.role == MessageRole.USER and any(one in left_out for one, *_ in parts):
-            whole = Turn("user", WITHHELD)
-            digest, parts = _after(before, whole), []
+        judged = own or role != "assistant"
+        if at < last and role == "user" and _is_in(left_out, so_far, parts or (whole,)):
+            whole, judged = Turn("user", WITHHELD), False
             sent = [*sent[:at], ChatMessage(content=WITHHELD), *sent[at + 1 :]]
-        before = digest
-        trials += parts
+        if judged and parts:
+            trials += [(digest_after(so_far, part), len(turns), part) for part in parts]
+        so_far.update(_spelled(whole))
+        if judged and not parts:
+            trials.append((so_far.digest(), len(turns), whole))
         turns.append(whole)
     return Asked(turns, trials, sent)
-
-
-def asked_in_turns(turns: Sequence[Turn]) -> Asked:
-    """The turns of a chat as they are, of which those that are not the model's own are to be judged."""
-    before = b""
-    trials: list[tuple[bytes, int, Turn]] = []
-    for at, turn in enumerate(turns):
-        before = _after(before, turn)
-        if turn.role != "assistant":
-            trials.append((before, at, turn))
-    return Asked(turns, trials)
 
 
 def asked_apart(turns: Iterable[Turn]) -> Asked:
     """Turns that do not belong together, each to be judged by itself."""
     apart = tuple(turns)
-    return Asked(apart, [(_after(b"", turn), 0, turn) for turn in apart])
+    return Asked(apart, [(digest_after(_nothing(), turn), 0, turn) for turn in apart])
 
 
 def asked_in_words(words: str) -> Asked:
     """A prompt, or a query."""
-    return asked_in_turns((Turn("user", words),))
+    return asked_apart([Turn("user", words)])
 
 
 class Passed:
@@ -144,19 +135,36 @@ class Passed:
 
 
 def _forget(digests: dict[bytes, None]) -> None:
-    while len(digests) > REMEMBERED:
-        del digests[next(iter(digests))]
+    if (excess := len(digests) - REMEMBERED) > 0:
+        for digest in list(islice(digests, excess)):
+            del digests[digest]
+
+
+def _is_in(left_out: Container[bytes], before: blake2b, parts: Iterable[Turn]) -> bool:
+    return any(digest_after(before, part) in left_out for part in parts)
 
 
 def _last_question(messages: Sequence[ChatMessage]) -> int:
     return max((at for at, message in enumerate(messages) if message.role == MessageRole.USER), default=0)
 
 
-def _after(before: bytes, turn: Turn) -> bytes:
-    """The digest of a turn and of all before it, whose digest is given."""
+def _nothing() -> blake2b:
+    """The digest of what comes before a chat."""
+    return blake2b(digest_size=16)
+
+
+def digest_after(before: blake2b, turn: Turn) -> bytes:
+    """The digest of a turn and of all before it, whose digest is given; it stays as it is."""
+    so_far = before.copy()
+    so_far.update(_spelled(turn))
+    return so_far.digest()
+
+
+def _spelled(turn: Turn) -> bytes:
     if turn.tool_calls or turn.name or turn.media:
         # As repr(turn), which takes three times as long; and like no turn that is only text, as no role has a bracket.
-        spelled = repr((turn.role, turn.text, turn.tool_calls, turn.name, turn.media))
+        head, said = "(", repr((turn.role, turn.text, turn.tool_calls, turn.name, turn.media))
     else:
-        spelled = f"{turn.role}\n{turn.text}"
-    return blake2b(before + spelled.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        head, said = turn.role, turn.text
+    # The length tells where a turn ends.
+    return f"{head}\n{len(said)}\n{said}".encode("utf-8", "surrogatepass")

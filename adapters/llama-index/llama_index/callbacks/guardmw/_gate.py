@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from llama_index.callbacks.guardmw._asked import CONTEXT_TURNS, Passed
 from llama_index.callbacks.guardmw._held import Held, leaves_review
-from llama_index.callbacks.guardmw._parts import parts_of_answer, spelled_out
+from llama_index.callbacks.guardmw._parts import trials_of
 from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, enforced, said_by, strictest, tell, withhold
 from llama_index.core.callbacks import CallbackManager
 
@@ -46,8 +46,8 @@ Input = Literal["before", "off"]
 BEGUN: Any = None
 """What a stream yields first; see ``begun``."""
 
-judging: ContextVar[Judge | None] = ContextVar("guardmw_judging", default=None)
-"""Whose guard judges, by itself, what LlamaIndex's callback handlers are being told."""
+judging: ContextVar[tuple[Judge, str] | None] = ContextVar("guardmw_judging", default=None)
+"""Whose guard judges, by itself, the event that LlamaIndex's callback handlers are being told of, by its id."""
 
 
 class Silent(CallbackManager):
@@ -156,14 +156,14 @@ class Gate:
         Raises:
             Blocked: the policy blocks it, or wants it reviewed.
         """
-        trials = _trials(answer, context)
+        trials = trials_of(answer, context)
         verdicts = self.ready().screen_many(trials)
         enforced(verdicts, _counted(trials, verdicts, reviewed))
         return answer
 
     async def arelease(self, answer: T, context: Sequence[Turn], reviewed: Collection[str] = ()) -> T:
         """``release``, without blocking the event loop."""
-        trials = _trials(answer, context)
+        trials = trials_of(answer, context)
         verdicts = await (await self.aready()).ascreen_many(trials)
         enforced(verdicts, _counted(trials, verdicts, reviewed))
         return answer
@@ -224,14 +224,14 @@ class Gate:
         """What a call fails by: an exception of the model's as it is, or Blocked where what it says is withheld."""
         if not _may_quote(error):
             return error
-        return _unless_withheld(error, self.ready().screen_many(_trials(said_by(error), context)))
+        return _unless_withheld(error, self.ready().screen_many(trials_of(said_by(error), context)))
 
     async def afailure(self, error: BaseException, context: Sequence[Turn]) -> BaseException:
         """``failure``, without blocking the event loop."""
         if not _may_quote(error):
             return error
         guard = await self.aready()
-        return _unless_withheld(error, await guard.ascreen_many(_trials(said_by(error), context)))
+        return _unless_withheld(error, await guard.ascreen_many(trials_of(said_by(error), context)))
 
     def instead(self, failure: BaseException, refusal: Refusal[T], shown: str = "") -> T:
         """What stands in the place of what is withheld, after text that has gone out.
@@ -254,9 +254,10 @@ class Gate:
         return own is other or (own.backend is other.backend and own.policy == other.policy)
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Callback handlers that are told of a call meanwhile need not judge it by this guard once more."""
-        token = judging.set(self._judge if self._input else None)
+    def told(self, event_id: str) -> Iterator[None]:
+        """Callback handlers that are told of this event meanwhile need not judge it by this guard once more."""
+        # Of this one alone: a handler may ask another LLM, or leave a task behind that does.
+        token = judging.set((self._judge, event_id) if self._input else None)
         try:
             yield
         finally:
@@ -293,17 +294,6 @@ def _unless_withheld(error: BaseException, verdicts: Sequence[Verdict]) -> BaseE
     tell(verdicts)
     verdict = strictest(verdicts)
     return error if verdict is None else blocked_by(verdict)
-
-
-def _trials(answer: object, context: Sequence[Turn]) -> list[Conversation]:
-    trials = []
-    for part in parts_of_answer(answer):
-        turn = spelled_out(part.turn)
-        # What was not streamed may name as new what it says anyway.
-        if part.delta and part.delta not in turn.text:
-            turn = Turn(turn.role, turn.text + part.delta, name=turn.name)
-        trials.append(Conversation((*context, turn)))
-    return trials
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from llama_index.callbacks.guardmw._parts import (
     Channel,
     parts_of_answer,
     spelled_out,
+    tool_calls,
     unescaped,
 )
-from llama_index.callbacks.guardmw._turns import tool_calls
 from llama_index.callbacks.guardmw._verdicts import strictest, tell, withholds
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 
@@ -27,7 +27,7 @@ from guardmw.stream import Hold
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from llama_index.callbacks.guardmw._parts import Part
+    from llama_index.callbacks.guardmw._parts import Part, Place
 
     from guardmw import ToolCall, Turn, Verdict
 
@@ -124,15 +124,16 @@ class _Stream:
         self._grew = False
         self._calls: list[ToolCall] = []
         self._rest: list[str] = []
-        self._pieces: dict[str | int, _Stream] = {}
-        self._ids: dict[int, str | int] = {}
+        self._pieces: dict[str | Place, _Stream] = {}
+        self._ids: dict[Place, str] = {}
+        self._names: dict[str | Place, dict[str, None]] = {}
         self._media: dict[str, None] = {}
 
     def add(self, part: Part) -> str:
         """Take the next part in; returns the text that it adds."""
         self._part = part
         if part.turn.tool_calls:
-            return self._add_calls(part.turn.tool_calls)
+            return self._add_calls(part)
         if part.turn.media:
             self._media.update(dict.fromkeys(part.turn.media))
             return "\n".join(part.turn.media)
@@ -179,11 +180,13 @@ class _Stream:
         self.text += added
         return added
 
-    def _add_calls(self, calls: Sequence[ToolCall]) -> str:
+    def _add_calls(self, part: Part) -> str:
         """Arguments grow from chunk to chunk, or every chunk has calls of its own."""
         changed = False
-        for place, call in enumerate(calls):
-            changed |= self._add_arguments(call, place)
+        for call, place in zip(part.turn.tool_calls, part.places, strict=True):
+            for key in self._keys(call, place):
+                self._names.setdefault(key, {})[call.name] = None
+                changed |= self._add_arguments(call, key)
             at = next((at for at, before in enumerate(self._calls) if _is_later(before, call)), None)
             if at is None:
                 self._calls.append(call)
@@ -199,10 +202,18 @@ class _Stream:
         # Judged is what has come together at the end; the text only says that there is something to judge.
         return "." if changed else ""
 
-    def _add_arguments(self, call: ToolCall, place: int) -> bool:
+    def _keys(self, call: ToolCall, place: Place) -> Iterator[str | Place]:
+        """By what whoever puts its pieces together may know those of a call: its id, or its index, or its place."""
+        # The first piece may have the id alone.
+        if id_ := call.id or self._ids.get(place, ""):
+            self._ids[place] = id_
+            yield id_
+        # Some streams have new ids for every piece, others one index for all calls.
+        if not id_ or place[0] == "index":
+            yield place
+
+    def _add_arguments(self, call: ToolCall, key: str | Place) -> bool:
         """Join arguments that do not parse yet, which may be pieces; returns whether they said more."""
-        # A stream may name a call with its first piece alone.
-        key = self._ids[place] = call.id or self._ids.get(place, place)
         pieces = self._pieces.get(key)
         if isinstance(call.arguments, str):
             text = call.arguments
@@ -219,11 +230,12 @@ class _Stream:
         return bool(pieces._add_content(text, said=False))
 
     def _joined(self) -> Iterator[str]:
-        """What arguments that came in pieces come to."""
+        """What names and arguments that came in pieces come to."""
+        yield from dict.fromkeys("".join(names) for names in self._names.values() if len(names) - ("" in names) > 1)
         said = {call.arguments for call in self._calls if isinstance(call.arguments, str)}
-        for pieces in self._pieces.values():
-            if pieces.text not in said:
-                yield from (unescaped(str(call)) for call in tool_calls([{"arguments": pieces.text}]))
+        for text in dict.fromkeys(pieces.text for pieces in self._pieces.values()):
+            if text not in said:
+                yield from (unescaped(str(call)) for call in tool_calls([{"arguments": text}]))
 
 
 def _is_later(before: ToolCall, call: ToolCall) -> bool:
@@ -249,10 +261,20 @@ def _as_it_is(chunk: Any) -> Any:  # noqa: ANN401 - of its type
         own = message.model_copy(
             update={
                 "blocks": [block.model_copy(deep=True) for block in message.blocks],
-                "additional_kwargs": deepcopy(message.additional_kwargs),
+                "additional_kwargs": _copied(message.additional_kwargs),
             }
         )
-        return chunk.model_copy(update={"message": own, "additional_kwargs": deepcopy(chunk.additional_kwargs)})
+        return chunk.model_copy(update={"message": own, "additional_kwargs": _copied(chunk.additional_kwargs)})
     if isinstance(chunk, CompletionResponse):
-        return chunk.model_copy(update={"additional_kwargs": deepcopy(chunk.additional_kwargs)})
+        return chunk.model_copy(update={"additional_kwargs": _copied(chunk.additional_kwargs)})
     return chunk
+
+
+def _copied(value: Any) -> Any:  # noqa: ANN401 - of its type
+    """A copy, but for what cannot be copied: a view of memory, or a provider's object that holds a lock."""
+    try:
+        return deepcopy(value)
+    except Exception:  # noqa: BLE001 - whatever an object raises that is none to copy
+        if isinstance(value, dict):
+            return {key: _copied(item) for key, item in value.items()}
+        return [_copied(item) for item in value] if isinstance(value, list) else value

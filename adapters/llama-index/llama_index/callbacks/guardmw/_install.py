@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from llama_index.callbacks.guardmw._asked import asked_apart
-from llama_index.callbacks.guardmw._turns import turn_of_node
 from llama_index.callbacks.guardmw._verdicts import Judge, log, tell, withholds
 from llama_index.callbacks.guardmw.handler import CoverageWarning, GuardCallbackHandler, look_away
 from llama_index.callbacks.guardmw.llm import guard_llm
-from llama_index.callbacks.guardmw.nodes import GuardPostprocessor
+from llama_index.callbacks.guardmw.nodes import GuardPostprocessor, turn_of_node
 from llama_index.core import Settings
 
 if TYPE_CHECKING:

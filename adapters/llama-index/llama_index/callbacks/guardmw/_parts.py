@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
+from itertools import chain, count
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from llama_index.callbacks.guardmw._turns import ARGUMENTS, ROLES, only_text, read_block, tool_calls
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole, TextBlock
 from llama_index.core.bridge.pydantic import BaseModel
+from llama_index.core.tools import ToolOutput
 
-from guardmw import Turn
+from guardmw import Conversation, ToolCall, Turn
+from guardmw.identifiers import is_ciphertext, is_mark, is_name
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
 
-    from guardmw import ToolCall
+    from llama_index.core.base.llms.types import ContentBlock
+
+    _Placed = tuple[ToolCall, "Place"]
 
 Channel = tuple["Hashable", ...]
 """Where a part stands; in a stream, parts of one channel belong together."""
+
+Place = tuple[Literal["index", "at"], int | str]
+"""By which the pieces of a tool call are known to belong together, where they have no id."""
 
 TEXT: Channel = ("text",)
 CALLS: Channel = ("calls",)
@@ -29,11 +38,24 @@ _THINKING: Channel = ("thinking",)
 PIECES = (TEXT, _THINKING)
 """What models send piece by piece; other things they send, if more than once, as they are by then."""
 
+ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
+    MessageRole.SYSTEM: "system",
+    MessageRole.DEVELOPER: "system",
+    MessageRole.USER: "user",
+    MessageRole.ASSISTANT: "assistant",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
+}
+# Where the integrations of OpenAI, Anthropic and LlamaIndex itself keep the arguments of a tool call.
+_ARGUMENTS = ("arguments", "args", "input", "tool_kwargs")
 # What stands beside the text of a message: identifiers, which nobody reads, and what is read elsewhere or is a picture.
 _MARKS = (
     "id",
     "call_id",
     "tool_call_id",
+    "tool_id",
     "response_id",
     "type",
     "block_type",
@@ -42,25 +64,25 @@ _MARKS = (
     "finish_reason",
     "stop_reason",
 )
-_MARK = re.compile(r"[!-~]{0,64}")
-_SIGNATURE = re.compile(r"[!-~]*")
 _ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")
+_BESIDE = ("message", "response")
 _ELSEWHERE = ("tool_calls", "function_call", "images")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One text, the tool calls of one message, or content that cannot be judged.
 
     Attributes:
         turn: the part alone: text, tool calls or media, never two of them. In a stream, all there is of it so far, or
             only what is new, as the model has it.
         delta: what the stream says is new in the text; None where it says nothing.
+        places: of the tool calls, each its own: the index that the stream gives to it, or else where it stands.
     """
 
     channel: Channel
     turn: Turn
     delta: str | None = None
+    places: tuple[Place, ...] = ()
 
 
 def parts_of_message(message: ChatMessage) -> list[Part]:
@@ -88,6 +110,40 @@ def parts_of_answer(answer: object) -> list[Part]:
     return [_unreadable(answer)]
 
 
+def trials_of(answer: object, context: Sequence[Turn]) -> list[Conversation]:
+    """Each part of what a model answered, on trial."""
+    trials = []
+    for part in parts_of_answer(answer):
+        turn = spelled_out(part.turn) if part.turn.tool_calls else part.turn
+        # What was not streamed may name as new what it says anyway.
+        if part.delta and part.delta not in turn.text:
+            turn = Turn(turn.role, turn.text + part.delta, name=turn.name)
+        trials.append(Conversation((*context, turn)))
+    return trials
+
+
+def turn_of_result(output: object, name: str) -> Turn:
+    """What a tool of this name gave, as a model will read it."""
+    if not isinstance(output, ToolOutput):
+        return Turn("tool", str(output), name=name)
+    parts = parts_of_message(ChatMessage(role=MessageRole.TOOL, blocks=output.blocks))
+    return replace(merged(parts), role="tool", name=name) if parts else Turn("tool", name=name)
+
+
+def only_text(message: ChatMessage) -> str | None:
+    """What a message says that is nothing but one text; None for any other."""
+    blocks = message.blocks
+    if len(blocks) != 1 or type(blocks[0]) is not TextBlock or message.additional_kwargs:
+        return None
+    return blocks[0].text if type(message) is ChatMessage else None
+
+
+def object_text(value: object) -> str:
+    """An object as its reader may see it: as JSON, and what of it JSON says in another way, or not at all."""
+    said = value.model_dump_json() if isinstance(value, BaseModel) else repr(value)
+    return "\n".join((said, *(text for _, text in _strings(value, (), marks=False) if text not in said)))
+
+
 def texts_in(value: object) -> str:
     """All that a value of any shape says, a line for each text."""
     return "\n".join(text for _, text in _strings(value, (), marks=False) if text)
@@ -112,10 +168,12 @@ def _character(escapes: str) -> str:
 
 
 def merged(parts: Sequence[Part]) -> Turn:
-    """A whole message as the context of others."""
+    """A whole message as the context of others, without what stands beside its blocks."""
+    if len(parts) == 1:
+        return parts[0].turn
     return Turn(
         next((part.turn.role for part in parts if part.channel != CALLS), "assistant"),
-        "".join(part.turn.text for part in parts if part.channel == TEXT),
+        "\n".join(part.turn.text for part in parts if part.turn.text and part.channel[0] not in _BESIDE),
         tuple(call for part in parts for call in part.turn.tool_calls),
         parts[0].turn.name,
         tuple(kind for part in parts for kind in part.turn.media),
@@ -129,7 +187,7 @@ def _answer(parts: list[Part], answer: ChatResponse | CompletionResponse) -> lis
         parts += _besides(
             {key: value for key, value in beside.items() if key != "thinking_delta"}, "assistant", "response"
         )
-        for called in _calls(_beside_calls(beside), ""):
+        for called in _calls([_beside_calls(beside)], ""):
             _join_calls(parts, called)
     for channel, delta in ((TEXT, answer.delta), (_THINKING, beside.get("thinking_delta"))):
         if delta is None:
@@ -151,9 +209,9 @@ def _join_calls(parts: list[Part], called: Part) -> None:
     if at is None:
         parts.append(called)
         return
-    known = parts[at].turn.tool_calls
-    more = tuple(call for call in called.turn.tool_calls if all((call.id, str(call)) != (k.id, str(k)) for k in known))
-    parts[at] = Part(CALLS, replace(parts[at].turn, tool_calls=(*known, *more)))
+    placed = list(zip(parts[at].turn.tool_calls, parts[at].places, strict=True))
+    placed += _unknown(zip(called.turn.tool_calls, called.places, strict=True), placed)
+    parts[at] = _of_calls(placed, parts[at].turn.name)
 
 
 def _message(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
@@ -175,7 +233,7 @@ def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 
         if block.block_type == "tool_call":
             calls.append(block)
         else:
-            read_block(block, texts.setdefault(block.block_type, []), media)
+            _read_block(block, texts.setdefault(block.block_type, []), media)
         if block.block_type == "thinking" and block.additional_information:
             for path, text in _strings(block.additional_information, ("thinking", at)):
                 yield Part(path, Turn(role, text, name=name))
@@ -183,24 +241,83 @@ def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 
         if text := "".join(pieces):
             yield Part((kind,), Turn(role, text, name=name))
     if beside:
-        calls += _beside_calls(beside)
         yield from _besides(beside, role, "message")
-    yield from _calls(calls, name)
+    if type(message) is not ChatMessage:
+        # An integration's own, with fields of its own.
+        own = {key: value for key, value in message if key not in ChatMessage.model_fields}
+        yield from _besides(own, role, "message")
+    yield from _calls([calls, _beside_calls(beside)], name)
     if media:
         yield Part(MEDIA, Turn(role, name=name, media=tuple(media)))
 
 
-def _calls(given: Sequence[object], name: str) -> Iterator[Part]:
-    if not given:
-        return
-    # A message often has the same calls twice: as blocks, and in the provider's own form.
-    calls: dict[str, ToolCall] = {f"{call.id}\0{call}": call for call in tool_calls(given)}
-    if calls:
-        yield Part(CALLS, Turn("assistant", tool_calls=tuple(calls.values()), name=name))
-    for at, call in enumerate(given):
+def _read_block(block: ContentBlock, texts: list[str], media: list[str]) -> None:
+    """Add the texts of a block to these; or, where it is none, its kind to ``media``."""
+    if block.block_type == "text":
+        texts.append(block.text)
+    elif block.block_type == "thinking":
+        texts.append(block.content or "")
+    elif block.block_type == "citable":
+        texts += (block.title, block.source)
+        for inner in block.content:
+            _read_block(inner, texts, media)
+    elif block.block_type == "citation":
+        texts += (block.title, block.source)
+        _read_block(block.cited_content, texts, media)
+    elif block.block_type not in ("tool_call", "cache"):
+        # A kind that is not text, or is newer than this code: the verdict will be partial.
+        media.append(block.block_type)
+
+
+def _calls(forms: Sequence[Sequence[object]], name: str) -> Iterator[Part]:
+    """Calls that a message may have in several forms: as blocks, and in the provider's own."""
+    placed: list[_Placed] = []
+    for given in forms:
+        placed += _unknown(zip(tool_calls(given), map(_place, given, count()), strict=True), placed)
+    if placed:
+        yield _of_calls(placed, name)
+    for at, call in enumerate(chain.from_iterable(forms)):
         for path, text in _strings(_beside_arguments(call), ("call", at)):
             if text:
                 yield Part(path, Turn("assistant", text, name=name))
+
+
+def _of_calls(placed: Sequence[_Placed], name: str) -> Part:
+    calls, places = zip(*placed, strict=True)
+    return Part(CALLS, Turn("assistant", tool_calls=calls, name=name), places=places)
+
+
+def _unknown(placed: Iterable[_Placed], known: Sequence[_Placed]) -> list[_Placed]:
+    """Those of these calls that are not among others."""
+    said = {(call.id, str(call)) for call, _ in known}
+    return [(call, place) for call, place in placed if (call.id, str(call)) not in said]
+
+
+def _place(call: object, at: int) -> Place:
+    index = call.get("index") if isinstance(call, Mapping) else getattr(call, "index", None)
+    return ("index", index) if isinstance(index, int | str) else ("at", at)
+
+
+def tool_calls(given: Sequence[object]) -> tuple[ToolCall, ...]:
+    """The tool calls in any of the forms that models give them."""
+    if not given:
+        return ()
+    return Conversation.of({"role": "assistant", "tool_calls": list(map(_tool_call, given))}).last.tool_calls
+
+
+def _tool_call(given: object) -> dict[str, Any]:
+    """A tool call in the form guardmw reads. What is in no known form is judged whole, as its arguments."""
+    call = given.model_dump() if isinstance(given, BaseModel) else given
+    if not isinstance(call, Mapping):
+        return {"name": "", "arguments": str(call)}
+    if isinstance(call.get("function"), Mapping):
+        call = {**call, **call["function"]}
+    arguments = next((call[key] for key in _ARGUMENTS if key in call), dict(call))
+    return {
+        "name": str(call.get("name") or call.get("tool_name") or ""),
+        "arguments": arguments if isinstance(arguments, str | Mapping) else str(arguments),
+        "id": call.get("id") or call.get("tool_id") or call.get("tool_call_id"),
+    }
 
 
 def _beside_arguments(call: object) -> object:
@@ -210,7 +327,7 @@ def _beside_arguments(call: object) -> object:
         return None
     inner = said.get("function")
     said = {**said, **inner} if isinstance(inner, Mapping) else said
-    return {key: item for key, item in said.items() if key not in (*ARGUMENTS, "name", "tool_name", "function")}
+    return {key: item for key, item in said.items() if key not in (*_ARGUMENTS, "name", "tool_name", "function")}
 
 
 def _beside_calls(beside: Mapping[str, Any]) -> list[object]:
@@ -222,6 +339,8 @@ def _beside_calls(beside: Mapping[str, Any]) -> list[object]:
 
 def _besides(beside: Mapping[str, Any], role: Any, where: str) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
     read = {key: value for key, value in beside.items() if key not in _ELSEWHERE}
+    if is_name(str(read.get("name", ""))):
+        del read["name"]
     for path, text in _strings(read, (where,)):
         if text:
             yield Part(path, Turn(role, text))
@@ -231,22 +350,36 @@ def _strings(value: object, path: Channel, *, marks: bool = True) -> Iterator[tu
     """Every text in a value, but for identifiers (``marks``); keys too, where they are text rather than names."""
     if isinstance(value, str):
         yield path, value
-    elif isinstance(value, bytes | bytearray):
-        yield path, value.decode("utf-8", "replace")
+    elif isinstance(value, bytes | bytearray | memoryview):
+        yield path, bytes(value).decode("utf-8", "replace")
     elif isinstance(value, Mapping):
-        keys = [key for key in value if isinstance(key, str) and not _is_name(key)]
+        keys = [key for key in value if not isinstance(key, str) or not is_name(key)]
         if keys:
-            yield (*path, None), "\n".join(keys)
+            yield (*path, None), "\n".join(key if isinstance(key, str) else texts_in(key) for key in keys)
         for key, item in value.items():
             if not (marks and _is_mark(key, item)):
                 yield from _strings(item, (*path, key), marks=marks)
-    elif isinstance(value, BaseModel):
-        yield from _strings({**dict(value), **(value.model_extra or {})}, path, marks=marks)
-    elif isinstance(value, Sequence | set | frozenset):
+    elif isinstance(value, Sequence | AbstractSet):
         yield from _each(value, path, marks=marks)
+    elif (opened := _opened(value)) is not None:
+        yield from _strings(opened, path, marks=marks)
     elif value is not None and not isinstance(value, bool | int | float):
         # Of no kind that is known: what it shows of itself, as whoever prints it would see.
         yield path, str(value)
+
+
+def _opened(value: object) -> object:
+    """What is in an object that has more than it shows when it is printed; None for any other."""
+    if isinstance(value, BaseModel):
+        return {**dict(value), **(value.model_extra or {})}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in fields(value)}
+    # Long arrays and tables leave their middle out.
+    for name in ("tolist", "to_dict"):
+        with suppress(Exception):
+            if isinstance(held := getattr(value, name)(), list | Mapping):
+                return held
+    return None
 
 
 def _each(values: Iterable[object], path: Channel, *, marks: bool) -> Iterator[tuple[Channel, str]]:
@@ -254,16 +387,11 @@ def _each(values: Iterable[object], path: Channel, *, marks: bool) -> Iterator[t
         yield from _strings(item, (*path, at), marks=marks)
 
 
-def _is_name(text: str) -> bool:
-    """Whether a key is one that a programmer gives; another may be anybody's text."""
-    return text.isascii() and len(text) <= 64 and text.replace("-", "_").replace(".", "_").isidentifier()  # noqa: PLR2004
-
-
 def _is_mark(key: object, item: object) -> bool:
-    """Whether it is one word that a machine gives; a sentence may do without spaces, but not in 64 letters of ASCII."""
-    if "signature" in str(key):
-        return isinstance(item, bytes) or (isinstance(item, str) and _SIGNATURE.fullmatch(item) is not None)
-    return key in _MARKS and isinstance(item, str) and _MARK.fullmatch(item) is not None
+    """Whether it is what a machine gives, where machines give that."""
+    if isinstance(key, str) and "signature" in key:
+        return isinstance(item, bytes) or (isinstance(item, str) and is_ciphertext(item))
+    return key in _MARKS and is_mark(item)
 
 
 def _unreadable(value: object) -> Part:

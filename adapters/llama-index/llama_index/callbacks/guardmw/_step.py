@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llama_index.callbacks.guardmw._turns import turns_of
+from llama_index.callbacks.guardmw._parts import merged, parts_of_message
 from llama_index.core.agent.react.types import ActionReasoningStep, ObservationReasoningStep
 from llama_index.core.agent.workflow import ToolCall as ToolCallEvent
 from llama_index.core.memory import BaseMemory
@@ -153,7 +153,10 @@ def _named(messages: Sequence[ChatMessage]) -> list[Turn]:
     """A chat's turns, in which a tool's result has the tool's name: messages have only the id of the call."""
     names: dict[str, str] = {}
     turns: list[Turn] = []
-    for message, turn in zip(messages, turns_of(messages), strict=True):
+    for message in messages:
+        if not (parts := parts_of_message(message)):
+            continue
+        turn = merged(parts)
         names |= {call.id: call.name for call in turn.tool_calls}
         name = names.get(str(message.additional_kwargs.get("tool_call_id") or ""))
         turns.append(replace(turn, name=name) if name and turn.role == "tool" and not turn.name else turn)

@@ -8,13 +8,14 @@ from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeGuard
+from weakref import WeakValueDictionary
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, OnBlock, aclosed_after, begun, closed_after
-from llama_index.callbacks.guardmw._parts import texts_in
-from llama_index.callbacks.guardmw._turns import turn_of_node
+from llama_index.callbacks.guardmw._parts import object_text, texts_in
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, enforced
+from llama_index.callbacks.guardmw.nodes import turn_of_node
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole
 from llama_index.core.base.response.schema import (
@@ -35,6 +36,7 @@ from llama_index.core.query_engine import (
 from llama_index.core.schema import BaseNode, NodeWithScore
 
 from guardmw import Blocked, Conversation, GuardmwError, Turn
+from guardmw.identifiers import is_mark
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -87,7 +89,8 @@ def guard_chat_engine(
     memory, and does not block the next one. Answers are judged before anyone has them, and so are the nodes that come
     with them; the memory forgets what is withheld. A streamed answer goes out sentence by sentence, as it is judged;
     a block ends the engine's own reading of the stream. So do its closing, read or not, a reset and the next question;
-    to read on after these two raises ``guardmw.GuardmwError``, and so does a call while another one is under way.
+    to read on after these two raises ``guardmw.GuardmwError``, and so does a call while another one is under way. All
+    that holds for several guarded engines around one ``engine``, too, for they share its memory.
 
     Args:
         engine: a chat engine. It is used, not copied: its memory is that of the conversation.
@@ -204,12 +207,18 @@ class GuardedChatEngine(BaseChatEngine):
     def __init__(self, inner: BaseChatEngine, gate: Gate) -> None:
         self._inner = inner
         self._gate = gate
-        self._open: _Exchange | None = None
-        self._free = Lock()
+        self._talk = _talk_with(inner)
 
-    def __reduce__(self) -> tuple[type[GuardedChatEngine], tuple[BaseChatEngine, Gate]]:
-        # The lock stays here, and so does an answer that is still being read.
-        return type(self), (self._inner, self._gate)
+    def __copy__(self) -> Self:
+        return type(self)(self._inner, self._gate)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The lock stays here, and so does what nobody has read yet of an answer, which the memory may have.
+        talk = self._talk.open
+        return type(self), (self._inner, self._gate), None if talk is None else talk.history()
+
+    def __setstate__(self, history: list[ChatMessage]) -> None:
+        self._remember(history)
 
     @property
     def inner(self) -> BaseChatEngine:
@@ -226,20 +235,21 @@ class GuardedChatEngine(BaseChatEngine):
     def chat_history(self) -> list[ChatMessage]:
         """What was said; of an answer that is still being read, or is not read at all, what has been."""
         # The engine's memory has all of it as soon as the model has said it.
-        return self._inner.chat_history if self._open is None else self._open.history()
+        return self._inner.chat_history if self._talk.open is None else self._talk.open.history()
 
     def chat(  # noqa: D102
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
         with self._alone():
-            exchange = _Exchange(self._before(chat_history), message)
+            given = None if chat_history is None else list(chat_history)
+            exchange = _Exchange(self._before(given), message)
             try:
                 self._gate.admit(exchange.asked)
             except Blocked as blocked:
                 return AgentChatResponse(self._gate.instead(blocked, _more))
-            self._open = exchange
+            self._talk.open = exchange
             try:
-                response = self._inner.chat(message, chat_history)
+                response = self._inner.chat(message, given)
                 enforced(self._gate.ready().screen_many(_of_chat(response, exchange.asked)))
                 exchange.ended = True
             except Exception as error:  # noqa: BLE001 - raised again, where it says nothing that is withheld
@@ -253,14 +263,16 @@ class GuardedChatEngine(BaseChatEngine):
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AgentChatResponse | StreamingAgentChatResponse:
         with self._alone():
-            exchange = _Exchange(await self._abefore(chat_history), message)
+            # Others may go on writing into the list while a backend judges.
+            given = None if chat_history is None else list(chat_history)
+            exchange = _Exchange(await self._abefore(given), message)
             try:
                 await self._gate.aadmit(exchange.asked)
             except Blocked as blocked:
                 return AgentChatResponse(self._gate.instead(blocked, _more))
-            self._open = exchange
+            self._talk.open = exchange
             try:
-                response = await self._inner.achat(message, chat_history)
+                response = await self._inner.achat(message, given)
                 enforced(await (await self._gate.aready()).ascreen_many(_of_chat(response, exchange.asked)))
                 exchange.ended = True
             except Exception as error:  # noqa: BLE001 - the same
@@ -274,14 +286,15 @@ class GuardedChatEngine(BaseChatEngine):
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
         with self._alone():
-            exchange = _Exchange(self._before(chat_history), message)
+            given = None if chat_history is None else list(chat_history)
+            exchange = _Exchange(self._before(given), message)
             try:
                 self._gate.admit(exchange.asked)
             except Blocked as blocked:
                 return _streamed(_only(self._gate.instead(blocked, _more)))
-            self._open, inner = exchange, None
+            self._talk.open, inner = exchange, None
             try:
-                inner = self._inner.stream_chat(message, chat_history)
+                inner = self._inner.stream_chat(message, given)
                 enforced(self._gate.ready().screen_many(_of_sources(inner, exchange.asked)))
             except BaseException as error:  # noqa: BLE001 - the same
                 if inner is not None:
@@ -298,14 +311,16 @@ class GuardedChatEngine(BaseChatEngine):
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
         with self._alone():
-            exchange = _Exchange(await self._abefore(chat_history), message)
+            # Others may go on writing into the list while a backend judges.
+            given = None if chat_history is None else list(chat_history)
+            exchange = _Exchange(await self._abefore(given), message)
             try:
                 await self._gate.aadmit(exchange.asked)
             except Blocked as blocked:
                 return _astreamed(_aonly(self._gate.instead(blocked, _more)))
-            self._open, inner = exchange, None
+            self._talk.open, inner = exchange, None
             try:
-                inner = await self._inner.astream_chat(message, chat_history)
+                inner = await self._inner.astream_chat(message, given)
                 enforced(await (await self._gate.aready()).ascreen_many(_of_sources(inner, exchange.asked)))
             except BaseException as error:  # noqa: BLE001 - the same
                 if inner is not None:
@@ -349,7 +364,7 @@ class GuardedChatEngine(BaseChatEngine):
     @contextmanager
     def _alone(self) -> Iterator[None]:
         # Two calls would write into one memory, of which neither could take back its own.
-        if not self._free.acquire(blocking=False):
+        if not self._talk.free.acquire(blocking=False):
             raise GuardmwError(
                 "this chat engine is answering already: make one engine for each conversation, and wait"
                 " for its answer before you ask the next question or reset it"
@@ -357,11 +372,11 @@ class GuardedChatEngine(BaseChatEngine):
         try:
             yield
         finally:
-            self._free.release()
+            self._talk.free.release()
 
     def _go_on(self, exchange: _Exchange) -> None:
         # What came so far must not pass for the whole answer.
-        if self._open is not exchange:
+        if self._talk.open is not exchange:
             raise _ended()
 
     @property
@@ -372,21 +387,21 @@ class GuardedChatEngine(BaseChatEngine):
 
     def _before(self, given: list[ChatMessage] | None = None) -> list[ChatMessage]:
         """What was said, or what is given as that, once no answer is open any more."""
-        if self._open is not None:
+        if self._talk.open is not None:
             # An answer that nobody has read to its end; the engine would remember all of it once it is written.
-            if self._open.reader is not None:
-                self._open.reader.close()
-            self._keep(self._open)
+            if self._talk.open.reader is not None:
+                self._talk.open.reader.close()
+            self._keep(self._talk.open)
         return self._inner.chat_history if given is None else given
 
     async def _abefore(self, given: list[ChatMessage] | None = None) -> list[ChatMessage]:
-        if self._open is not None:
-            match self._open.reader:
+        if self._talk.open is not None:
+            match self._talk.open.reader:
                 case _Deltas() as reader:
                     await asyncio.to_thread(reader.close)
                 case _AsyncDeltas() as reader:
                     await reader.aclose()
-            await self._akeep(self._open)
+            await self._akeep(self._talk.open)
         if given is not None:
             return given
         return self._inner.chat_history if self._memory is None else await self._memory.aget_all()
@@ -394,25 +409,52 @@ class GuardedChatEngine(BaseChatEngine):
     def _keep(self, exchange: _Exchange) -> None:
         """Let the engine remember of an exchange what has been judged; an engine that cannot, remembers nothing."""
         # The memory is no longer that of an exchange which another one has ended.
-        if self._open is not exchange:
+        if self._talk.open is not exchange:
             return
         if not exchange.ended:
-            if self._memory is None:
-                self._inner.reset()
-            else:
-                self._memory.set(exchange.history())
-        self._open = None
+            self._remember(exchange.history())
+        self._talk.open = None
+
+    def _remember(self, history: list[ChatMessage]) -> None:
+        if self._memory is None:
+            self._inner.reset()
+        else:
+            self._memory.set(history)
 
     async def _akeep(self, exchange: _Exchange) -> None:
-        if self._open is not exchange:
+        if self._talk.open is not exchange:
             return
         if not exchange.ended:
             if self._memory is None:
                 self._inner.reset()
             else:
                 await self._memory.aset(exchange.history())
-        if self._open is exchange:
-            self._open = None
+        if self._talk.open is exchange:
+            self._talk.open = None
+
+
+class _Talk:
+    """What all guarded engines around one engine share: its memory is one.
+
+    Attributes:
+        engine: it lives as long, so that no other gets its id.
+        free: held while it is asked, or reset.
+        open: what is being answered, or has an answer that was not read to its end.
+    """
+
+    def __init__(self, engine: BaseChatEngine) -> None:
+        self.engine = engine
+        self.free = Lock()
+        self.open: _Exchange | None = None
+
+
+_talks: WeakValueDictionary[int, _Talk] = WeakValueDictionary()
+_looking = Lock()
+
+
+def _talk_with(engine: BaseChatEngine) -> _Talk:
+    with _looking:
+        return _talks.setdefault(id(engine), _Talk(engine))
 
 
 class _Exchange:
@@ -637,7 +679,7 @@ def _of_response(response: object, asked: Asked) -> list[Conversation]:
     nodes = getattr(response, "source_nodes", None) or ()
     trials = [*_of_nodes(nodes), *_of_metadata(getattr(response, "metadata", None) or {}, nodes, asked)]
     if isinstance(response, PydanticResponse):
-        text = response.response.model_dump_json() if response.response else ""
+        text = object_text(response.response) if response.response else ""
     elif isinstance(response, Response):
         text = response.response or ""
     elif isinstance(response, StreamingResponse | AsyncStreamingResponse):
@@ -700,17 +742,30 @@ def _of_nodes(nodes: Sequence[NodeWithScore]) -> list[Conversation]:
 
 
 def _whole(node: NodeWithScore) -> Turn:
-    """A node as its caller has it: as a model reads it, and with the metadata that no model is shown."""
+    """A node as its caller has it: as a model reads it, and with what no model is shown."""
     turn = turn_of_node(node)
     texts = [turn.text]
     behind: object = node.node
     while isinstance(behind, BaseNode):
-        # A template may leave out what is not excluded, too.
+        # A template may leave out what is not excluded, too, and the content itself.
         hidden = {key: value for key, value in behind.metadata.items() if f"{key}: {value}" not in turn.text}
-        texts.append(texts_in(hidden))
+        texts += (text for text in (behind.get_content().strip(), texts_in(hidden)) if text not in turn.text)
+        texts += _of_relatives(behind)
+        texts += (id_ for id_ in (behind.node_id, getattr(behind, "index_id", None)) if id_ and not is_mark(id_))
         behind = getattr(behind, "obj", None)
         behind = behind.node if isinstance(behind, NodeWithScore) else behind
-    return replace(turn, text="\n".join(filter(None, texts)))
+    return replace(turn, text="\n".join(dict.fromkeys(filter(None, texts))))
+
+
+def _of_relatives(node: BaseNode) -> Iterator[str]:
+    """What is noted of the nodes around it, of its document too, where that is not its own; and their ids."""
+    own = node.metadata
+    for relatives in node.relationships.values():
+        for relative in relatives if isinstance(relatives, list) else [relatives]:
+            noted = relative.metadata.items()
+            yield texts_in({key: value for key, value in noted if key not in own or own[key] != value})
+            if not is_mark(relative.node_id):
+                yield relative.node_id
 
 
 def _said(text: str, asked: Asked) -> Conversation:

@@ -7,11 +7,12 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from llama_index.callbacks.guardmw._asked import Asked, Passed, asked_apart, asked_in_turns, asked_in_words
+from llama_index.callbacks.guardmw._asked import Asked, Passed, asked_apart, asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import Silent, judging
-from llama_index.callbacks.guardmw._turns import turn_of_answer, turn_of_node, turns_of
+from llama_index.callbacks.guardmw._parts import trials_of
 from llama_index.callbacks.guardmw._verdicts import Judge, enforced, log, mark
 from llama_index.callbacks.guardmw.llm import GuardedLLM
+from llama_index.callbacks.guardmw.nodes import turn_of_node
 from llama_index.core import Settings
 from llama_index.core.callbacks.base import global_stack_trace
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
@@ -21,7 +22,7 @@ from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.span_handlers import NullSpanHandler
 
-from guardmw import Conversation, Guard, GuardmwError
+from guardmw import Guard, GuardmwError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -111,7 +112,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
         Raises:
             Blocked: the policy blocks it, or wants it reviewed.
         """
-        if self._is_judged():
+        if self._is_judged(event_id):
             return event_id
         try:
             asked = _asked(event_type, payload or {})
@@ -139,7 +140,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
             Blocked: the policy blocks it, or wants it reviewed.
         """
         payload = payload or {}
-        if self._is_judged():
+        if self._is_judged(event_id):
             return
         try:
             if event_type == CBEventType.RETRIEVE:
@@ -157,9 +158,9 @@ class GuardCallbackHandler(BaseCallbackHandler):
     def end_trace(self, trace_id: str | None = None, trace_map: dict[str, list[str]] | None = None) -> None:
         """Nothing: a verdict does not depend on the trace."""
 
-    def _is_judged(self) -> bool:
+    def _is_judged(self, event_id: str) -> bool:
         """Whether the guard of this handler judges in the LLM itself what this event tells of."""
-        return judging.get() == self._judge
+        return judging.get() == (self._judge, event_id)
 
     def _enter(self, asked: Asked) -> None:
         """Judge what of this has not passed before."""
@@ -186,7 +187,7 @@ class GuardCallbackHandler(BaseCallbackHandler):
             return
         if context is None:
             context = _asked(CBEventType.LLM, payload).turns
-        enforced([self.guard.screen(Conversation((*context, turn_of_answer(response))))])
+        enforced(self.guard.screen_many(trials_of(response, context)))
 
 
 class _Lookout(NullSpanHandler):
@@ -246,7 +247,7 @@ def _asked(event_type: CBEventType, payload: Mapping[str, Any]) -> Asked:
         query = payload.get(EventPayload.QUERY_STR)
         return asked_in_words(query) if query else _NOTHING
     if EventPayload.MESSAGES in payload:
-        return asked_in_turns(turns_of(payload[EventPayload.MESSAGES]))
+        return asked_in_chat(payload[EventPayload.MESSAGES], own=False)
     if EventPayload.PROMPT in payload:
         return asked_in_words(payload[EventPayload.PROMPT])
     log.warning("an LLM event without messages or a prompt was not judged")

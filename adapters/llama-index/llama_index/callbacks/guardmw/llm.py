@@ -7,11 +7,13 @@ from __future__ import annotations
 import pickle
 from contextlib import aclosing, closing, contextmanager, nullcontext
 from functools import partial
-from inspect import getattr_static
+from inspect import currentframe, getattr_static
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from uuid import uuid4
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, Input, OnBlock, Silent, begun
+from llama_index.callbacks.guardmw._parts import object_text
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, mark, withhold
 from llama_index.callbacks.guardmw.tools import names_of_guarded
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
@@ -20,6 +22,7 @@ from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.program import FunctionCallingProgram, LLMTextCompletionProgram
 from llama_index_instrumentation.dispatcher import DISPATCHER_SPAN_DECORATED_ATTR
 
 from guardmw import GuardmwError
@@ -100,7 +103,7 @@ def guard_llm(
         input: "before": the LLM is asked once what it is asked with has been judged. "off": only answers are judged.
         on_block: "raise" ``guardmw.Blocked``; or "refuse": answer with ``REFUSAL``, and the verdict in
             ``additional_kwargs["guardmw"]``. A verdict of review withholds like one of block. An object, which
-            structured prediction is to give, cannot refuse: Blocked is raised.
+            structured prediction or a program is to give, cannot refuse: Blocked is raised.
 
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
@@ -472,7 +475,7 @@ class _Chat:
 
     def refusal(self, verdict: Verdict, shown: str) -> Any:  # noqa: ANN401 - of the answer's type
         """What stands in for the answer, or for the rest of it."""
-        text, delta = _refusal(shown)
+        text, delta = _refusal(verdict, shown)
         message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
         # The verdict quotes nothing of what was screened.
         return ChatResponse(message=message, delta=delta, additional_kwargs={"guardmw": verdict.to_dict()})
@@ -492,7 +495,7 @@ class _Object(_Chat):
         return super().end(ChatResponse(message=message, raw=answer))
 
     def spoken(self, answer: object) -> str:
-        return answer.model_dump_json() if isinstance(answer, BaseModel) else repr(answer)
+        return object_text(answer)
 
     def refusal(self, verdict: Verdict, _: str) -> Any:  # noqa: ANN401 - never
         withhold(verdict)
@@ -524,7 +527,7 @@ class _Completion:
         return answer
 
     def refusal(self, verdict: Verdict, shown: str) -> Any:  # noqa: ANN401 - of the answer's type
-        text, delta = _refusal(shown)
+        text, delta = _refusal(verdict, shown)
         return CompletionResponse(text=text, delta=delta, additional_kwargs={"guardmw": verdict.to_dict()})
 
 
@@ -541,8 +544,9 @@ class _Told:
         self._id: str | None = None
 
     def start(self) -> None:
-        with self._gate.told():
-            self._id = self._manager.on_event_start(CBEventType.LLM, payload=self._call.start())
+        event_id = str(uuid4())
+        with self._gate.told(event_id):
+            self._id = self._manager.on_event_start(CBEventType.LLM, payload=self._call.start(), event_id=event_id)
 
     def end(self, answer: object) -> None:
         self._end(lambda: self._call.end(answer))
@@ -562,7 +566,7 @@ class _Told:
         # Once: a handler may raise at the end, too.
         if (event_id := self._id) is not None:
             self._id = None
-            with self._gate.told():
+            with self._gate.told(event_id):
                 self._manager.on_event_end(CBEventType.LLM, payload=payload(), event_id=event_id)
 
     @begun
@@ -599,8 +603,18 @@ def _guarded(llm: LLM, gate: Gate) -> LLM:
     return GuardedFunctionCallingLLM(llm, gate) if isinstance(llm, FunctionCallingLLM) else GuardedLLM(llm, gate)
 
 
-def _refusal(shown: str) -> tuple[str, str]:
-    """All that is said in the end, and what of it is new."""
+def _refusal(verdict: Verdict, shown: str) -> tuple[str, str]:
+    """All that is said in the end, and what of it is new.
+
+    Raises:
+        Blocked: it is a program that asks, which would take a refusal for an object, or for a broken one.
+    """
+    frame = currentframe()
+    while frame is not None:
+        # Nothing that a program gives to an LLM tells who asks.
+        if isinstance(frame.f_locals.get("self"), LLMTextCompletionProgram | FunctionCallingProgram):
+            withhold(verdict)
+        frame = frame.f_back
     delta = f"\n\n{REFUSAL}" if shown else REFUSAL
     return shown + delta, delta
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
-from llama_index.callbacks.guardmw._turns import turn_of_node
 from llama_index.callbacks.guardmw._verdicts import Judge, enforced, log, tell, withholds
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import BaseNode, ImageNode, IndexNode, MetadataMode, NodeWithScore
 
-from guardmw import Conversation
+from guardmw import Conversation, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from llama_index.core.prompts.mixin import PromptMixinType
-    from llama_index.core.schema import NodeWithScore, QueryBundle
+    from llama_index.core.schema import QueryBundle
 
     from guardmw import Backend, Guard, Verdict
 
@@ -123,6 +123,26 @@ def guard_retriever(
     if not isinstance(retriever, BaseRetriever):
         raise TypeError(f"give a retriever, not {type(retriever).__name__}; of an index: index.as_retriever()")
     return GuardedRetriever(retriever, Judge.of(g), _known(on_block))
+
+
+def turn_of_node(node: NodeWithScore) -> Turn:
+    """A retrieved node as a model will read it, with the metadata that it is shown, and with what it leads to."""
+    text = node.get_content(MetadataMode.LLM)
+    kinds = [kind for kind in ("image", "audio", "video") if getattr(node.node, f"{kind}_resource", None)]
+    if isinstance(node.node, ImageNode):
+        kinds.append("image")
+    behind = node.node.obj if isinstance(node.node, IndexNode) else None
+    if isinstance(behind, BaseNode):
+        behind = NodeWithScore(node=behind)
+    if isinstance(behind, NodeWithScore):
+        turn = turn_of_node(behind)
+        text, kinds = f"{text}\n{turn.text}", [*kinds, *turn.media]
+    elif isinstance(behind, str):
+        text = f"{text}\n{behind}"
+    elif behind is not None:
+        # What an engine or a retriever will say nobody can tell before it is asked.
+        kinds.append(type(behind).__name__)
+    return Turn("document", text, name=node.node_id, media=tuple(kinds))
 
 
 def _screen(judge: Judge, nodes: Sequence[NodeWithScore], on_block: OnBlock) -> list[NodeWithScore]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from llama_index.callbacks.guardmw._parts import turn_of_result
 from llama_index.callbacks.guardmw._step import NOTHING, Said, Step, WaitingForEvent
-from llama_index.callbacks.guardmw._turns import turn_of_result
 from llama_index.callbacks.guardmw._verdicts import Judge, blocked_by, said_by, tell, withholds
 from llama_index.core.tools import AsyncBaseTool, BaseTool, FunctionTool, ToolOutput, adapt_to_async_tool
 from pydantic_core import PydanticSerializationError, to_jsonable_python
@@ -86,8 +86,9 @@ def guard_tools(tools: Iterable[BaseTool | Callable[..., Any]], g: Guard | Backe
 
 
 def names_of_guarded(tools: Iterable[BaseTool], gate: Gate) -> frozenset[str]:
-    """The names of those among these tools that the guard of a gate guards, too: they see to reviews."""
-    return frozenset(tool.metadata.get_name() for tool in tools if any(map(gate.judges_like, _judges(tool))))
+    """The names that only tools have which the guard of a gate guards, too: they see to reviews."""
+    sees_to = [(tool.metadata.get_name(), any(map(gate.judges_like, _judges(tool)))) for tool in tools]
+    return frozenset(name for name, guarded in sees_to if guarded) - {name for name, guarded in sees_to if not guarded}
 
 
 def _judges(tool: object) -> Iterator[Judge]:

@@ -1,4 +1,4 @@
-"""Every block, tool call and node that a model reads or writes is in its turn."""
+"""Every block and tool call that a model reads or writes is in its turn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_index.callbacks.guardmw._turns import turn_of_answer, turn_of_node, turns_of
+from llama_index.callbacks.guardmw._parts import merged, parts_of_answer, parts_of_message, turn_of_result
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -21,9 +21,14 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 from llama_index.core.llms.llm import ToolSelection
-from llama_index.core.schema import ImageNode, MediaResource, Node, NodeWithScore, TextNode
+from llama_index.core.tools import ToolOutput
 
 from guardmw import Conversation, ToolCall, Turn
+
+
+def turn_of(message: ChatMessage) -> Turn:
+    """The whole of it."""
+    return merged(parts_of_message(message))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +46,7 @@ from guardmw import Conversation, ToolCall, Turn
 )
 def test_knows_every_speaker(role: str, read_as: str) -> None:
     """Each of LlamaIndex's roles is one of guardmw's."""
-    assert turns_of([ChatMessage(role=role, content="hi")]) == (Turn(read_as, "hi"),)  # type: ignore[arg-type]
+    assert turn_of(ChatMessage(role=role, content="hi")) == Turn(read_as, "hi")  # type: ignore[arg-type]
 
 
 def test_the_roles_tested_are_all_there_are() -> None:
@@ -53,20 +58,20 @@ def test_reads_a_role_that_was_assigned_as_a_str() -> None:
     """LlamaIndex does not validate an assigned role, and neither does it matter."""
     message = ChatMessage(content="hi")
     message.role = "assistant"  # type: ignore[assignment]
-    assert turns_of([message]) == (Turn("assistant", "hi"),)
+    assert turn_of(message) == Turn("assistant", "hi")
 
 
-@given(st.lists(st.text()))
-def test_text_is_what_llama_index_calls_the_content(texts: list[str]) -> None:
-    """The text of a message's text blocks is its content, to the character."""
-    message = ChatMessage(blocks=[TextBlock(text=text) for text in texts])
-    assert turns_of([message])[0].text == (message.content or "")
+@given(st.lists(st.text(), min_size=1))
+def test_no_character_of_a_text_is_lost(texts: list[str]) -> None:
+    """Blocks of text are one text, whose parts may belong together."""
+    parts = parts_of_message(ChatMessage(blocks=[TextBlock(text=text) for text in texts]))
+    assert "".join(part.turn.text for part in parts) == "".join(texts)
 
 
 def test_names_what_is_not_text() -> None:
     """An image is named as media, so that the verdict is partial."""
     message = ChatMessage(blocks=[TextBlock(text="what is this?"), ImageBlock(image=b"\x89PNG")])
-    assert turns_of([message]) == (Turn("user", "what is this?", media=("image",)),)
+    assert turn_of(message) == Turn("user", "what is this?", media=("image",))
 
 
 def test_reads_nested_blocks() -> None:
@@ -83,9 +88,11 @@ def test_reads_nested_blocks() -> None:
             ),
         ]
     )
-    (turn,) = turns_of([message])
-    assert turn.text.split("\n") == ["a thought", "", "a title", "a source", "body", "second", "another", "cited"]
+    turn = turn_of(message)
+    assert turn.text == "a thought\na titlea sourcebody\nsecondanothercited"
     assert turn.media == ("image",)
+    result = ToolOutput(tool_name="read", blocks=message.blocks, raw_input={}, raw_output=None)
+    assert turn_of_result(result, "read") == Turn("tool", turn.text, name="read", media=("image",))
 
 
 CALLS = [
@@ -100,16 +107,16 @@ CALLS = [
 def test_reads_the_tool_calls_of_integrations(call: object) -> None:
     """LlamaIndex's, OpenAI's, LangChain's and Anthropic's forms, kept beside the message."""
     message = ChatMessage(role="assistant", content="", additional_kwargs={"tool_calls": [call]})
-    (turn,) = turns_of([message])
-    assert turn.tool_calls == (ToolCall("shell", {"cmd": "ls"}, "1"),)
+    assert turn_of(message).tool_calls == (ToolCall("shell", {"cmd": "ls"}, "1"),)
 
 
 @pytest.mark.parametrize("arguments", [{"cmd": "ls"}, '{"cmd": "ls"}'])
 def test_reads_tool_call_blocks(arguments: dict[str, str] | str) -> None:
     """A tool call in a block, its arguments parsed or not."""
     block = ToolCallBlock(tool_call_id="1", tool_name="shell", tool_kwargs=arguments)
-    (turn,) = turns_of([ChatMessage(role="assistant", blocks=[block])])
-    assert turn == Turn("assistant", "", (ToolCall("shell", {"cmd": "ls"}, "1"),))
+    assert turn_of(ChatMessage(role="assistant", blocks=[block])) == Turn(
+        "assistant", "", (ToolCall("shell", {"cmd": "ls"}, "1"),)
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,33 +125,37 @@ def test_reads_tool_call_blocks(arguments: dict[str, str] | str) -> None:
 def test_a_tool_call_in_no_known_form_is_judged_whole(call: object) -> None:
     """What cannot be read as a call is on trial all the same."""
     message = ChatMessage(role="assistant", content="", additional_kwargs={"tool_calls": [call]})
-    trial = Conversation(turns_of([message])).trial
-    assert ("5" if call == 5 else "EVIL") in trial
+    trials = [Conversation((part.turn,)).trial for part in parts_of_message(message)]
+    assert any(("5" if call == 5 else "EVIL") in trial for trial in trials)
 
 
 def test_reads_the_older_function_call() -> None:
     """OpenAI's single function_call."""
     call = {"name": "shell", "arguments": '{"cmd": "ls"}'}
-    (turn,) = turns_of([ChatMessage(role="assistant", content="", additional_kwargs={"function_call": call})])
-    assert turn.tool_calls == (ToolCall("shell", {"cmd": "ls"}),)
+    message = ChatMessage(role="assistant", content="", additional_kwargs={"function_call": call})
+    assert turn_of(message).tool_calls == (ToolCall("shell", {"cmd": "ls"}),)
 
 
 def test_names_the_tool_that_answered() -> None:
-    """A tool's result carries its name where LlamaIndex has it."""
+    """A tool's result carries its name where LlamaIndex has it, which is judged only where it is none."""
     message = ChatMessage(role="tool", content="sunny", additional_kwargs={"name": "weather", "tool_call_id": "1"})
-    assert turns_of([message]) == (Turn("tool", "sunny", name="weather"),)
+    assert [part.turn for part in parts_of_message(message)] == [Turn("tool", "sunny", name="weather")]
+    message.additional_kwargs["name"] = "ignore all that"
+    assert "ignore all that" in [part.turn.text for part in parts_of_message(message)]
 
 
 def test_an_answer_is_the_assistants() -> None:
     """A response whose message was made without a role is not taken for the user's."""
-    assert turn_of_answer(ChatResponse(message=ChatMessage(content="hi"))) == Turn("assistant", "hi")
-    assert turn_of_answer(CompletionResponse(text="hi")) == Turn("assistant", "hi")
+    for answer in (ChatResponse(message=ChatMessage(content="hi")), CompletionResponse(text="hi")):
+        assert [part.turn for part in parts_of_answer(answer)] == [Turn("assistant", "hi")]
 
 
 def test_a_completion_keeps_its_tool_calls() -> None:
     """A completion made from a chat carries the calls beside it."""
-    answer = turn_of_answer(CompletionResponse(text="", additional_kwargs={"tool_calls": CALLS}))
-    assert answer.tool_calls == (ToolCall("shell", {"cmd": "ls"}, "1"),) * len(CALLS)
+    parts = parts_of_answer(CompletionResponse(text="", additional_kwargs={"tool_calls": CALLS}))
+    assert [call for part in parts for call in part.turn.tool_calls] == [ToolCall("shell", {"cmd": "ls"}, "1")] * len(
+        CALLS
+    )
 
 
 def test_changes_nothing() -> None:
@@ -154,30 +165,6 @@ def test_changes_nothing() -> None:
         ChatMessage(role="assistant", content="", additional_kwargs={"tool_calls": copy.deepcopy(CALLS)}),
     ]
     before = copy.deepcopy(messages)
-    turns_of(messages)
+    for message in messages:
+        parts_of_message(message)
     assert messages == before
-
-
-def test_a_node_is_read_with_the_metadata_its_reader_sees() -> None:
-    """Text and metadata for LLMs are judged; metadata kept from LLMs is not."""
-    node = TextNode(
-        id_="n1", text="body", metadata={"title": "EVIL", "path": "hidden"}, excluded_llm_metadata_keys=["path"]
-    )
-    turn = turn_of_node(NodeWithScore(node=node))
-    assert (turn.role, turn.name, turn.media) == ("document", "n1", ())
-    assert "EVIL" in turn.text
-    assert "body" in turn.text
-    assert "hidden" not in turn.text
-
-
-@pytest.mark.parametrize(
-    ("node", "media"),
-    [
-        (ImageNode(text="a caption", image_url="u"), ("image",)),
-        (Node(text_resource=MediaResource(text="a caption"), audio_resource=MediaResource(data=b"x")), ("audio",)),
-    ],
-)
-def test_a_node_that_is_more_than_text_says_so(node: Node, media: tuple[str, ...]) -> None:
-    """Images, audio and video of a node make its verdict partial."""
-    turn = turn_of_node(NodeWithScore(node=node))
-    assert (turn.text, turn.media) == ("a caption", media)
