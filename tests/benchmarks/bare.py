@@ -38,11 +38,15 @@ CORES = os.cpu_count() or 1
 class Bare:
     """What whoever has the two files writes: tokens, arrays, a run, a sigmoid."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, entry: tuple[str, str] | None = None, **given: bool) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if entry:
+            options.add_session_config_entry(*entry)
+        for name, value in given.items():
+            setattr(options, name, value)
         self._session = ort.InferenceSession(str(EMBEDDED / "model.onnx"), options, providers=["CPUExecutionProvider"])
         self._tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
         self._tokenizer.no_truncation()
@@ -112,6 +116,21 @@ def check(rounds: int) -> None:
     work = medians(found["guardmw"]).work / medians(found["bare"]).work
     print(f"{'ratio, by processor time':<40}{work:>8.3f} x; of the pairs {median(ratios):.3f}; aim 1.05")
     profile("one caller", Guard, lambda guard: [guard.screen(PROMPT) for _ in range(50)], 50)
+    print()
+
+
+def options(rounds: int) -> None:
+    """One text, by sessions of other options than guardmw's."""
+    bares = {
+        "as guardmw's": Bare(1),
+        "no memory patterns": Bare(1, enable_mem_pattern=False),
+        "no arena": Bare(1, enable_cpu_mem_arena=False),
+        "denormals as zero": Bare(1, ("session.set_denormal_as_zero", "1")),
+        "weights not packed beforehand": Bare(1, ("session.disable_prepacking", "1")),
+    }
+    found = in_turns({name: partial(bare.one, PROMPT) for name, bare in bares.items()}, rounds)
+    for name, each in found.items():
+        print(f"a session, {name:<40}{medians(each).work * 1e3:>8.3f} ms")
     print()
 
 
@@ -225,5 +244,6 @@ if __name__ == "__main__":
     print(f"{CORES} cores, load {os.getloadavg()[0]:.1f}; medians; processor time is what neighbours change least\n")
     assert abs(Bare(1).one(PROMPT) - Guard(EMBEDDED_BACKEND).screen(PROMPT).scores.unsafe) < 1e-6  # type: ignore[union-attr]
     check(rounds)
+    options(rounds // 4)
     callers("32 tokens", [PROMPT], rounds // 40)
     callers("5 to 128 tokens", MIXED, rounds // 40)

@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from packaging.requirements import Requirement
 
@@ -62,6 +62,7 @@ SIZES = ("guardmw",)
 SECONDS = 300
 
 Row = tuple[str, ...]
+T = TypeVar("T")
 
 
 class Instant:
@@ -86,11 +87,18 @@ def in_turns(steps: Mapping[str, Callable[[int], object]], rounds: int, warm: in
     """Medians in µs, each step once a round, so that all see the same machine; a step is told which round it is."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for at in range(rounds + warm):
-        for name, step in steps.items():
+        for name, step in turned(steps, at):
             began = perf_counter()
             step(at)
             times[name].append(perf_counter() - began)
     return {name: median(each[warm:]) * 1e6 for name, each in times.items()}
+
+
+def turned(steps: Mapping[str, T], at: int) -> list[tuple[str, T]]:
+    """The steps, each round another one first: whoever is first finds the caches as the last one left them."""
+    order = list(steps.items())
+    first = at % len(order)
+    return order[first:] + order[:first]
 
 
 async def in_turns_async(
@@ -99,7 +107,7 @@ async def in_turns_async(
     """The same on one event loop."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for at in range(rounds + warm):
-        for name, step in steps.items():
+        for name, step in turned(steps, at):
             began = perf_counter()
             await step(at)
             times[name].append(perf_counter() - began)
@@ -363,7 +371,7 @@ import resource, statistics, subprocess, sys, time
 wall, work = [], []
 for _ in range(8):
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", "import " + sys.argv[1]], check=True)
+    subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     wall.append(time.perf_counter() - began)
     work.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -373,7 +381,7 @@ print(f"{statistics.median(wall[1:]):.2f} s, {statistics.median(work[1:]):.2f} s
 
 def imports(python: str, names: Sequence[str]) -> list[Row]:
     """Seconds of a fresh interpreter, its own start included."""
-    return [(f"import {name}", answer(python, IMPORTING, name)) for name in names]
+    return [(f"import {name}", answer(python, IMPORTING, f"import {name}")) for name in names]
 
 
 def answer(python: str, code: str, *given: str) -> str:
@@ -448,7 +456,10 @@ def peer(name: str, python: str, folder: Path) -> Iterator[Row]:
         if done.returncode:
             yield script, f"failed with status {done.returncode}"
         for result in sorted(set(folder.glob("result_*.json")) - before):
-            yield from figures(json.loads(result.read_text(encoding="utf-8")))
+            told = json.loads(result.read_text(encoding="utf-8"))
+            yield from figures(told)
+            if told.get("import_s") is not None:
+                yield f"{told['import_stmt']}, as ours", answer(python, IMPORTING, told["import_stmt"])
         if script.startswith("test_"):
             yield from ((script, line) for line in done.stdout.splitlines() if line.strip())
 
@@ -461,7 +472,7 @@ def figures(result: Mapping[str, Any]) -> Iterator[Row]:
             told = f"{row['calls_per_s']:,.0f} a second"
         yield row["case"], told
     if result.get("import_s") is not None:
-        yield result.get("import_stmt", "import"), f"{result['import_s']} s"
+        yield result["import_stmt"], f"{result['import_s']} s"
 
 
 def installed(python: str) -> str:
