@@ -6,6 +6,7 @@ The limits are some way above what was counted, on Python 3.11; a change that pa
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import sys
 import tracemalloc
@@ -16,6 +17,7 @@ import pytest
 
 from guardmw import Conversation, Guard, Policy, Scores, ToolCall, Turn
 from guardmw.backends.onnx import OnnxBackend
+from guardmw.backends.remembered import Remembered
 from guardmw.stream import CARRY, STEP, Hold
 
 if TYPE_CHECKING:
@@ -233,6 +235,59 @@ def test_a_streamed_text_is_judged_about_twice(delta: int) -> None:
     assert sum(judged) / len(text) <= 2
     assert len(judged) <= len(text) / STEP + 5
     assert max(judged) <= CARRY + 2 * STEP
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_stream_costs_its_length() -> None:
+    """What has been let go is not looked at again: twice as many deltas call twice as many functions."""
+
+    def cost(sentences: int) -> int:
+        hold: Hold[str, str] = Hold()
+        deltas = [f"This is sentence number {at:04}. " for at in range(sentences)]
+
+        def step() -> None:
+            for delta in deltas:
+                hold.feed(delta, {"text": delta})
+                hold.take([True] * len(hold.due()))
+                list(hold.released())
+
+        return functions_called(step)
+
+    few, more, many = cost(200), cost(400), cost(800)
+    assert many - more == pytest.approx(2 * (more - few), rel=0.02)
+
+
+def test_a_stream_keeps_no_more_the_longer_it_is() -> None:
+    """Of a long answer the end is held, and not the answer."""
+
+    def held(sentences: int) -> int:
+        hold: Hold[str, str] = Hold()
+        for at in range(sentences):
+            delta = f"This is sentence number {at:05}. "
+            hold.feed(delta, {"text": delta})
+            hold.take([True] * len(hold.due()))
+            list(hold.released())
+        tracemalloc.start()
+        try:
+            copy.deepcopy(hold)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert held(20_000) < 1.5 * held(2_000)
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_memory_costs_no_more_the_more_it_holds() -> None:
+    """To find a verdict, or to keep one in place of another."""
+
+    def cost(size: int) -> tuple[int, int]:
+        memory = Remembered(Instant(), size=size)
+        memory.classify([Conversation.of(f"{at}") for at in range(size)])
+        known, new = Conversation.of(f"{size - 1}"), Conversation.of("new")
+        return functions_called(lambda: memory.classify([known])), functions_called(lambda: memory.classify([new]))
+
+    assert cost(10) == cost(10_000)
 
 
 # What the model is given

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from guardmw.conversation import Conversation, Stage
 
 # With more tokens in a run its activations leave the caches, and each window takes longer, not less.
-_RUN_TOKENS = 512
+_RUN_TOKENS = 640
 
 EMBEDDED = Path(__file__).parent.parent / "models"
 

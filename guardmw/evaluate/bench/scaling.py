@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from guardmw.backends.remembered import Remembered
 from guardmw.conversation import Conversation, ToolCall, Turn
 from guardmw.guard import Guard
 from guardmw.policy import Policy
@@ -83,13 +85,6 @@ def growths(guard: Guard, prompts: Prompts, length: int) -> list[Growth]:
         while True:
             yield _screen_many(guard, list(islice(texts, size)))
 
-    def rules(size: int) -> Iterator[Callable[[], object]]:
-        arguments = {f"tool_{at}": {"path": {"paths": ["/srv"], "max_length": 200}} for at in range(size)}
-        ruled = Guard(instant.backend, policy=Policy.model_validate({"tools": {"arguments": arguments}}))
-        for given in prompts.characters(_TURN):
-            call = ToolCall("tool_0", {"path": "/srv/a", "text": given})
-            yield _screen(ruled, Conversation((Turn("assistant", tool_calls=(call,)),)))
-
     def stream(size: int) -> Iterator[Callable[[], object]]:
         return (_streams(instant, [given]) for given in prompts.characters(size))
 
@@ -102,10 +97,29 @@ def growths(guard: Guard, prompts: Prompts, length: int) -> list[Growth]:
         Growth("text", "characters", (250, 1_000, 4_000, 16_000, 64_000), text, model=True),
         Growth("conversation", "turns", (1, 4, 16, 64, 256), conversation, model=True),
         Growth("batch", "conversations", (1, 4, 16, 64), batch, model=True),
-        Growth("tool rules", "rules", (1, 10, 100, 1_000), rules, model=False),
+        Growth("tool rules", "rules", (1, 10, 100, 1_000), partial(_ruled, prompts), model=False),
+        Growth("memory", "conversations", (10, 100, 1_000, 10_000), partial(_remembering, prompts), model=False),
         Growth("stream", "characters", (1_000, 4_000, 16_000, 64_000), stream, model=False),
         Growth("streams at once", "streams", (1, 4, 16, 64), streams, model=False),
     ]
+
+
+def _ruled(prompts: Prompts, size: int) -> Iterator[Callable[[], object]]:
+    arguments = {f"tool_{at}": {"path": {"paths": ["/srv"], "max_length": 200}} for at in range(size)}
+    ruled = Guard(KeywordBackend({}), policy=Policy.model_validate({"tools": {"arguments": arguments}}))
+    for given in prompts.characters(_TURN):
+        call = ToolCall("tool_0", {"path": "/srv/a", "text": given})
+        yield _screen(ruled, Conversation((Turn("assistant", tool_calls=(call,)),)))
+
+
+def _remembering(prompts: Prompts, size: int) -> Iterator[Callable[[], object]]:
+    memory = Remembered(KeywordBackend({}), size=size)
+    known = [Conversation.of(f"{at} is known") for at in range(size)]
+    memory.classify(known)
+    guard = Guard(memory)
+    for at, new in enumerate(prompts.characters(_TURN)):
+        # Of two texts one is found, and one is learned in place of another.
+        yield _screen_many(guard, [known[-1 - at % size].trial, f"{at} is new: {new}"])
 
 
 def measured(growth: Growth, seconds: float, clock: Clock) -> Curve:

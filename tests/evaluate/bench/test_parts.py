@@ -247,7 +247,7 @@ def test_the_quickest_counts(time: Time) -> None:
 
 
 def test_every_growth_can_be_measured() -> None:
-    """Two steps of each smallest size: texts, turns, batches, rules, streams; with a backend that notes it."""
+    """Two steps of each smallest size, and a backend that notes whether it was asked."""
     backend = ScriptedBackend([0.1] * 100)
     guard = Guard(backend)
     for one in scaling.growths(guard, Prompts(), 8):
@@ -256,6 +256,23 @@ def test_every_growth_can_be_measured() -> None:
             step()
         assert (len(backend.asked) > before) == one.model, one.name
     assert {4, 1} == set(backend.batches)
+
+
+def test_a_memory_is_full_and_half_of_what_it_is_asked_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its size would not matter."""
+    asked: list[int] = []
+
+    class Noting(KeywordBackend):
+        def classify(self, conversations):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+            asked.append(len(conversations))
+            return super().classify(conversations)
+
+    monkeypatch.setattr(scaling, "KeywordBackend", Noting)
+    growths = scaling.growths(Guard(KeywordBackend({})), Prompts(), 8)
+    (memory,) = (one for one in growths if one.name == "memory")
+    for step in islice(memory.steps(100), 3):
+        step()
+    assert asked == [100, 1, 1, 1]
 
 
 def test_streams_come_out_whole() -> None:

@@ -59,7 +59,7 @@ def test_a_run_has_every_part(time: Time) -> None:
     assert [one.concurrency for one in found.closed] == [1, 4, 16]
     assert [one.load for one in found.open] == [0.25, 0.5, 0.75, 0.9]
     assert [one.name for one in found.scaling] == [
-        "text", "conversation", "batch", "tool rules", "stream", "streams at once",
+        "text", "conversation", "batch", "tool rules", "memory", "stream", "streams at once",
     ]  # fmt: skip
     assert (found.unit, found.asked, found.left_out, found.cold) == ("words", "16 words", [], COLD)
     assert time.wall - began == found.seconds < 60
