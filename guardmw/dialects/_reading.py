@@ -32,6 +32,10 @@ _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 # "unsafe" holds "safe" and "unharmful" holds "harmful"; "Safety" is how fields are called.
 _VERDICT = re.compile(r"safe(?!ty)|controversial|harmful|\b(?:yes|no)\b", re.IGNORECASE)
 _CODE = re.compile(r"\AS\d{1,2}\b[ :.]*", re.IGNORECASE)
+# How chat models set JSON off.
+_FENCED = re.compile(r"```(?:json)?(.*)```", re.DOTALL | re.IGNORECASE)
+# How models say that there is none of a kind.
+_NONE = ("", "none", "null", "n/a")
 
 
 class Reading(NamedTuple):
@@ -90,13 +94,14 @@ def fields(dialect: str, text: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def keyed(dialect: str, text: str, names: Iterable[str]) -> dict[str, Any]:
-    """The values of a JSON object by key, case-folded.
+    """The values of a JSON object by key, case-folded; the object may be fenced, as code in Markdown is.
 
     Raises:
         BackendError: it is none, or one of the names comes twice in it, at whatever depth and in whatever case.
     """
+    fenced = _FENCED.fullmatch(text)
     try:
-        given = loads(text)
+        given = loads(fenced[1] if fenced else text)
     except ValueError:
         # Outside, as the error inside quotes the answer.
         given = None
@@ -175,7 +180,25 @@ def labels(text: str, codes: Mapping[str, str] | None = None) -> list[str]:
         label = part.strip(" \t\r\n\"'[]{}.`")
         named = _CODE.sub("", label)
         found.append(named or (codes or {}).get(label.upper(), ""))
-    return [label for label in found if label.casefold() not in ("", "none", "n/a")]
+    return [label for label in found if not is_none(label)]
+
+
+def listed(dialect: str, given: object) -> list[str]:
+    """Names of kinds of harm in a JSON value.
+
+    Raises:
+        BackendError: it is no list of names, and not nothing.
+    """
+    if not given:
+        return []
+    if not isinstance(given, list) or not all(isinstance(kind, str) for kind in given):
+        raise unread(dialect, "its categories are no list of names")
+    return [kind for kind in given if not is_none(kind)]
+
+
+def is_none(label: str) -> bool:
+    """Whether a label says that there is none."""
+    return label.strip().casefold() in _NONE
 
 
 def scores(unsafe: float, kinds: Iterable[str] | None = None, *, injection: float = 0.0) -> Scores:
