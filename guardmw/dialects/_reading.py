@@ -134,7 +134,8 @@ def weigh(dialect: str, reply: Reply, said: str, words: Mapping[str, float], *, 
         dialect: who asks, for messages.
         reply: with the tokens, among which the verdict's is found by what stands before it, and never by its index.
         said: the verdict.
-        words: how unsafe each is. No two begin with the same letter: then the first piece of a word tells it.
+        words: how unsafe each is. No two begin with the same letter: then the first piece of a word tells it, but for a
+            letter alone, which begins too much else to stand for a harmless word that was not said.
         after: pattern of what stands before the verdict; nothing where it comes first. Of several the last counts.
 
     Raises:
@@ -152,10 +153,11 @@ def weigh(dialect: str, reply: Reply, said: str, words: Mapping[str, float], *, 
     likely = {text: math.exp(min(logprob, 0.0)) for text, logprob in told.items()}
     shares = dict.fromkeys(words, 0.0)
     for text, share in likely.items():
-        word = _begun(text.removeprefix(prefix), words)
-        if word:
+        piece = first_word(text.removeprefix(prefix))
+        word = _begun(piece, words)
+        if word and (words[word] or text == token.text or len(piece) > 1):
             shares[word] += share
-    if _begun(token.text.removeprefix(prefix), words) != said:
+    if _begun(first_word(token.text.removeprefix(prefix)), words) != said:
         raise unread(dialect, "its tokens say something else than its text")
     covered = min(sum(shares.values()), 1.0)
     if covered < _LEAST_COVERED:
@@ -170,6 +172,12 @@ def weigh(dialect: str, reply: Reply, said: str, words: Mapping[str, float], *, 
 def only_word(text: str) -> str:
     """The one word that a text is, without the signs around it; else ""."""
     found = re.fullmatch(r"[\W_]*([^\W_]+)[\W_]*", text)
+    return found[1].lower() if found else ""
+
+
+def first_word(text: str) -> str:
+    """The first word of a text, or as much of it as there is; else ""."""
+    found = re.match(r"[\W_]*([^\W_]+)", text)
     return found[1].lower() if found else ""
 
 
@@ -251,8 +259,6 @@ def _place(tokens: tuple[Token, ...], after: str) -> tuple[Token, str] | None:
     return None
 
 
-def _begun(text: str, words: Mapping[str, float]) -> str:
-    """The word that a token is, or begins; else ""."""
-    found = re.match(r"[\W_]*([^\W_]+)", text)
-    piece = found[1].lower() if found else ""
+def _begun(piece: str, words: Mapping[str, float]) -> str:
+    """The word that a piece of one is, or begins; else ""."""
     return next((word for word in words if piece and word.startswith(piece)), "")
