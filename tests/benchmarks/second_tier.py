@@ -20,7 +20,7 @@ from guardmw.backends.transformers import GenerativeBackend
 from guardmw.dialects import named
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from guardmw import Backend, Scores
     from guardmw.dialects import Dialect, Judging, Reply
@@ -67,11 +67,11 @@ class Heard:
                 return scores
 
 
-def asked(backend: Backend) -> list[Scores | str]:
+def asked(backend: Backend, texts: Sequence[str]) -> list[Scores | str]:
     """Of each text the scores, or why there are none."""
     found: list[Scores | str] = []
     seconds = []
-    for text in TEXTS:
+    for text in texts:
         started = perf_counter()
         try:
             found += backend.classify([Conversation.of(text)])
@@ -79,7 +79,7 @@ def asked(backend: Backend) -> list[Scores | str]:
             found.append(str(error))
         seconds.append(perf_counter() - started)
     read = sum(not isinstance(one, str) for one in found)
-    print(f"{backend!r}: {read} of {len(TEXTS)} read, {median(seconds):.2f} s a question", flush=True)
+    print(f"{backend!r}: {read} of {len(texts)} read, {median(seconds):.2f} s a question", flush=True)
     return found
 
 
@@ -95,11 +95,11 @@ def compared(here: list[Reply], there: list[Reply]) -> None:
     print(f"{len(alike)} of {len(here)} and {len(there)} replies are alike; their logprobs differ by {off:.1g} at most")
 
 
-def verdicts(server: ChatBackend) -> None:
+def verdicts(server: ChatBackend, texts: Sequence[str]) -> None:
     """Of the texts that the embedded model doubts, asked of the server."""
     cascade = Guard("embedded", escalate=server)
     first: Any = load("embedded")
-    for text in TEXTS:
+    for text in texts:
         [scores] = first.classify([Conversation.of(text)])
         if scores.unsafe < BAND[0] or max(scores.unsafe, scores.injection) > BAND[1]:
             continue
@@ -117,17 +117,19 @@ def main() -> None:
     parser.add_argument("folder", help="of transformers, the same that the server has")
     parser.add_argument("url", help="of the server, as far as the version")
     parser.add_argument("--dialect", default="nemotron", help="how it is asked (default: nemotron)")
+    parser.add_argument("--texts", type=int, default=len(TEXTS), metavar="N", help="the last N (default: all)")
     args = parser.parse_args()
+    texts = TEXTS[-args.texts :]
     made: list[tuple[Heard, Callable[[Heard], Backend]]] = [
         (Heard(named(args.dialect)), lambda heard: ChatBackend(args.url, dialect=heard, deadline=3600.0)),
         (Heard(named(args.dialect)), lambda heard: GenerativeBackend(args.folder, dialect=heard, device="cpu")),
     ]
-    found = [asked(make(heard)) for heard, make in made]
+    found = [asked(make(heard), texts) for heard, make in made]
     compared(made[0][0].replies, made[1][0].replies)
     both = [(a, b) for a, b in zip(*found, strict=True) if not (isinstance(a, str) or isinstance(b, str))]
     off = max((abs(a.unsafe - b.unsafe) for a, b in both), default=0.0)
     print(f"P(unsafe) differs by {off:.1g} at most, of {len(both)} that both read\n")
-    verdicts(ChatBackend(args.url, dialect=args.dialect, deadline=3600.0))
+    verdicts(ChatBackend(args.url, dialect=args.dialect, deadline=3600.0), texts)
 
 
 if __name__ == "__main__":
