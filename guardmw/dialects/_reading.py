@@ -32,6 +32,10 @@ _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 # "unsafe" holds "safe" and "unharmful" holds "harmful"; "Safety" is how fields are called.
 _VERDICT = re.compile(r"safe(?!ty)|controversial|harmful|\b(?:yes|no)\b", re.IGNORECASE)
 _CODE = re.compile(r"\AS\d{1,2}\b[ :.]*", re.IGNORECASE)
+# How chat models set JSON off.
+_FENCED = re.compile(r"```(?:json)?(.*)```", re.DOTALL | re.IGNORECASE)
+# How models say that there is none of a kind.
+_NONE = ("", "none", "null", "n/a")
 
 
 class Reading(NamedTuple):
@@ -90,13 +94,14 @@ def fields(dialect: str, text: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def keyed(dialect: str, text: str, names: Iterable[str]) -> dict[str, Any]:
-    """The values of a JSON object by key, case-folded.
+    """The values of a JSON object by key, case-folded; the object may be fenced, as code in Markdown is.
 
     Raises:
         BackendError: it is none, or one of the names comes twice in it, at whatever depth and in whatever case.
     """
+    fenced = _FENCED.fullmatch(text)
     try:
-        given = loads(text)
+        given = loads(fenced[1] if fenced else text)
     except ValueError:
         # Outside, as the error inside quotes the answer.
         given = None
@@ -129,7 +134,8 @@ def weigh(dialect: str, reply: Reply, said: str, words: Mapping[str, float], *, 
         dialect: who asks, for messages.
         reply: with the tokens, among which the verdict's is found by what stands before it, and never by its index.
         said: the verdict.
-        words: how unsafe each is. No two begin with the same letter: then the first piece of a word tells it.
+        words: how unsafe each is. No two begin with the same letter: then the first piece of a word tells it, but for a
+            letter alone, which begins too much else to stand for a harmless word that was not said.
         after: pattern of what stands before the verdict; nothing where it comes first. Of several the last counts.
 
     Raises:
@@ -147,10 +153,11 @@ def weigh(dialect: str, reply: Reply, said: str, words: Mapping[str, float], *, 
     likely = {text: math.exp(min(logprob, 0.0)) for text, logprob in told.items()}
     shares = dict.fromkeys(words, 0.0)
     for text, share in likely.items():
-        word = _begun(text.removeprefix(prefix), words)
-        if word:
+        piece = first_word(text.removeprefix(prefix))
+        word = _begun(piece, words)
+        if word and (words[word] or text == token.text or len(piece) > 1):
             shares[word] += share
-    if _begun(token.text.removeprefix(prefix), words) != said:
+    if _begun(first_word(token.text.removeprefix(prefix)), words) != said:
         raise unread(dialect, "its tokens say something else than its text")
     covered = min(sum(shares.values()), 1.0)
     if covered < _LEAST_COVERED:
@@ -168,6 +175,12 @@ def only_word(text: str) -> str:
     return found[1].lower() if found else ""
 
 
+def first_word(text: str) -> str:
+    """The first word of a text, or as much of it as there is; else ""."""
+    found = re.match(r"[\W_]*([^\W_]+)", text)
+    return found[1].lower() if found else ""
+
+
 def labels(text: str, codes: Mapping[str, str] | None = None) -> list[str]:
     """Names of kinds of harm in a list with commas: "Violence", "S17: Malware", or with ``codes`` "S1" too."""
     found = []
@@ -175,7 +188,25 @@ def labels(text: str, codes: Mapping[str, str] | None = None) -> list[str]:
         label = part.strip(" \t\r\n\"'[]{}.`")
         named = _CODE.sub("", label)
         found.append(named or (codes or {}).get(label.upper(), ""))
-    return [label for label in found if label.casefold() not in ("", "none", "n/a")]
+    return [label for label in found if not is_none(label)]
+
+
+def listed(dialect: str, given: object) -> list[str]:
+    """Names of kinds of harm in a JSON value.
+
+    Raises:
+        BackendError: it is no list of names, and not nothing.
+    """
+    if not given:
+        return []
+    if not isinstance(given, list) or not all(isinstance(kind, str) for kind in given):
+        raise unread(dialect, "its categories are no list of names")
+    return [kind for kind in given if not is_none(kind)]
+
+
+def is_none(label: str) -> bool:
+    """Whether a label says that there is none."""
+    return label.strip().casefold() in _NONE
 
 
 def scores(unsafe: float, kinds: Iterable[str] | None = None, *, injection: float = 0.0) -> Scores:
@@ -228,8 +259,6 @@ def _place(tokens: tuple[Token, ...], after: str) -> tuple[Token, str] | None:
     return None
 
 
-def _begun(text: str, words: Mapping[str, float]) -> str:
-    """The word that a token is, or begins; else ""."""
-    found = re.match(r"[\W_]*([^\W_]+)", text)
-    piece = found[1].lower() if found else ""
+def _begun(piece: str, words: Mapping[str, float]) -> str:
+    """The word that a piece of one is, or begins; else ""."""
     return next((word for word in words if piece and word.startswith(piece)), "")

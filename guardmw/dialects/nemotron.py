@@ -81,6 +81,10 @@ _FRAME = Frame(
 )
 _SAYS = {"user": "user: {}", "assistant": "response: agent: {}"}
 _FIELD: Mapping[Speaker, str] = {"user": "User Safety", "assistant": "Response Safety"}
+# Of "safe", where a tokenizer divides it; but so does a code of harm begin, as in "S1".
+_PIECES = ("s", "sa", "saf")
+# Tokens enough for "safe" and the quote behind it, for "safely" is no verdict.
+_WORD = 6
 _RATED = re.compile(r"[\"']?(User|Response)[ _]?Safety[\"']?\s*:\s*([^,}\n]*)", re.IGNORECASE)
 _LISTED = re.compile(r"[\"']?Safety[ _]?Categories[\"']?\s*:\s*(\[[^\]}]*|\"[^\"}]*|[^\"}\n]*)", re.IGNORECASE)
 
@@ -97,8 +101,9 @@ class Nemotron:
     Attributes:
         spaced: whether categories and prompt end with a space, as in the card.
         one_token: what is to be read by the assistant is asked for its score alone, and for the kinds of harm only if
-            it is unsafe. An answer on trial is always asked in full: a guessed verdict on the user would sway its own.
-            It takes a server that goes on from the start of an answer.
+            it is unsafe. Where that token is but a piece of "safe", the rest of the word is asked for. An answer on
+            trial is always asked in full: a guessed verdict on the user would sway its own. It takes a server that goes
+            on from the start of an answer.
     """
 
     name: str = "nemotron"
@@ -119,7 +124,13 @@ class Nemotron:
             return self._in_full(reply, field)
         prefill = '{"User Safety": "'
         (reply,) = yield (Request(messages, prefill=prefill, max_tokens=1, top_logprobs=TOP_LOGPROBS),)
-        unsafe = self._alone(reply)
+        word = only_word(reply.text)
+        if word in _PIECES:
+            (reply,) = yield (Request(messages, prefill=prefill, max_tokens=_WORD, top_logprobs=TOP_LOGPROBS),)
+            word = only_word(reply.text.partition('"')[0])
+        elif word and "unsafe".startswith(word):
+            word = "unsafe"
+        unsafe = weigh(self.name, reply, word, SAFE_UNSAFE).unsafe
         if unsafe < DOUBTFUL:
             return scores(unsafe, ())
         (reply,) = yield (Request(messages, prefill='{"User Safety": "unsafe",', max_tokens=80),)
@@ -133,16 +144,6 @@ class Nemotron:
             f"{_TASK}\n\n<BEGIN UNSAFE CONTENT CATEGORIES>\n{listed}\n<END UNSAFE CONTENT CATEGORIES>\n\n"
             f"<BEGIN CONVERSATION>\n\n{spoken}\n\n<END CONVERSATION>\n\n{_FORM}{space}"
         )
-
-    def _alone(self, reply: Reply) -> float:
-        """P(unsafe) of an answer of one token, which may be the first piece of the word."""
-        said = only_word(reply.text)
-        if said and "unsafe".startswith(said):
-            said = "unsafe"
-        elif said and "safe".startswith(said) and reply.tokens:
-            # Without logprobs, half a word is not enough to let something pass.
-            said = "safe"
-        return weigh(self.name, reply, said, SAFE_UNSAFE).unsafe
 
     def _in_full(self, reply: Reply, field: str) -> Scores:
         text = _whole(self.name, reply)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from guardmw.dialects import Message, Request
-from guardmw.dialects._reading import SAFE_UNSAFE, TOP_LOGPROBS, keyed, plain, scores, unread, weigh
+from guardmw.dialects._reading import SAFE_UNSAFE, TOP_LOGPROBS, is_none, keyed, listed, plain, scores, unread, weigh
 from guardmw.dialects._turns import Frame, context_of
 
 if TYPE_CHECKING:
@@ -98,15 +98,12 @@ class Judge:
         return self._read(reply)
 
     def _read(self, reply: Reply) -> Scores:
-        text = plain(self.name, reply)
-        if text.startswith("```") and text.endswith("```"):
-            text = text.removeprefix("```").removeprefix("json").removesuffix("```")
-        given = keyed(self.name, text, ("label", "categories", "attack"))
+        given = keyed(self.name, plain(self.name, reply), ("label", "categories", "attack"))
         if not isinstance(given.get("label"), str):
             raise unread(self.name, "it gives no label")
-        kinds, attack = given.get("categories") or [], given.get("attack") or ""
-        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-            raise unread(self.name, "its categories are no list of names")
+        kinds, attack = listed(self.name, given.get("categories")), given.get("attack") or ""
+        if isinstance(attack, str):
+            attack = "" if is_none(attack) else attack.strip().casefold()
         if attack and attack not in _ATTACKS:
             raise unread(self.name, f"its attack is none of {', '.join(_ATTACKS)}")
         said = given["label"].strip().lower()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from guardmw.dialects import Message, Request
-from guardmw.dialects._reading import TOP_LOGPROBS, keyed, plain, scores, unread, weigh
+from guardmw.dialects._reading import TOP_LOGPROBS, keyed, listed, plain, scores, unread, weigh
 from guardmw.dialects._turns import Frame
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class TinySafe3:
         given = keyed(self.name, plain(self.name, reply), ("safe", "categories"))
         if not isinstance(given.get("safe"), bool):
             raise unread(self.name, "it gives no verdict")
-        kinds = given.get("categories", [])
-        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-            raise unread(self.name, "its categories are no list of names")
+        kinds = listed(self.name, given.get("categories"))
         if given["safe"] and kinds:
             raise unread(self.name, "it names a kind of harm, and none")
         reading = weigh(self.name, reply, "true" if given["safe"] else "false", _WORDS, after=r"[{,]\s*\"safe\"\s*:")

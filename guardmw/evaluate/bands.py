@@ -91,6 +91,22 @@ class Tiers:
         top = self.scores.max(axis=1)
         return np.asarray(self.forced | ((top >= band[0]) & (top <= band[1])))
 
+    def one_of_each(self, seed: int) -> Tiers:
+        """One row of each family, drawn by chance."""
+        if self.families is None:
+            return self
+        drawn = np.random.default_rng(seed).permutation(len(self))
+        _, first = np.unique(self.families[drawn], return_index=True)
+        return self.of(drawn[first])
+
+    def share(self, which: Bools, of: Bools) -> float:
+        """How many rows ``of`` some are ``which``, those of a family together as one."""
+        if self.families is None:
+            return int((which & of).sum()) / max(int(of.sum()), 1)
+        _, kin = np.unique(self.families[of], return_inverse=True)
+        shares = np.bincount(kin, weights=which[of]) / np.bincount(kin)
+        return float(shares.mean()) if len(shares) else 0.0
+
     def withheld(self, band: tuple[float, float]) -> Bools:
         """Which rows the cascade withholds."""
         return np.where(self.escalated(band), self.second, self.first)
@@ -210,9 +226,9 @@ def fit(
 ) -> Bands:
     """Fit the band of a cascade on one half of the rows, and measure what it does on the other. Both tiers see all.
 
-    The promise is about rows drawn as these were, and holds with this confidence over the draw: each band is put to an
-    exact binomial test, one after the other, until the first that fails (Learn then Test, arXiv 2110.01052, by fixed
-    sequence).
+    The promise is about rows drawn as these were, those that belong together as one, and holds with this confidence
+    over the draw: each band is put to an exact binomial test, of one row of each family, one after the other, until the
+    first that fails (Learn then Test, arXiv 2110.01052, by fixed sequence).
 
     Args:
         cascade: of two tiers.
@@ -281,7 +297,7 @@ def fit_tiers(
         promised = {"escalated": target.escalated}
     else:
         lost = target.lost or 0.0
-        band = _losing_little(fitting, lost, error, limits)
+        band = _losing_little(fitting, lost, error, limits, seed)
         promised = {"missed": lost, "alarmed": lost}
     seen = rates(reporting, band)
     path = _frontier(fitting, limits)
@@ -298,13 +314,15 @@ def fit_tiers(
 
 
 def rates(tiers: Tiers, band: tuple[float, float]) -> dict[str, float]:
-    """How often a band escalates, and errs where the second tier would not have: of unsafe rows, and of safe ones."""
+    """How often a band escalates, and errs where the second tier would not have: of unsafe rows, and of safe ones.
+
+    Rows that belong together count as one.
+    """
     withheld = tiers.withheld(band)
-    unsafe, safe = tiers.unsafe, ~tiers.unsafe
     return {
-        "escalated": float(tiers.escalated(band).mean()) if len(tiers) else 0.0,
-        "missed": int((unsafe & tiers.second & ~withheld).sum()) / max(int(unsafe.sum()), 1),
-        "alarmed": int((safe & ~tiers.second & withheld).sum()) / max(int(safe.sum()), 1),
+        "escalated": tiers.share(tiers.escalated(band), np.ones(len(tiers), dtype=bool)),
+        "missed": tiers.share(tiers.second & ~withheld, tiers.unsafe),
+        "alarmed": tiers.share(~tiers.second & withheld, ~tiers.unsafe),
     }
 
 
@@ -380,17 +398,20 @@ def _log_chance(successes: int, trials: int, rate: float) -> float:
     return ways + successes * math.log(rate) + (trials - successes) * math.log1p(-rate)
 
 
-def _losing_little(tiers: Tiers, lost: float, error: float, limits: tuple[float, float]) -> tuple[float, float]:
+def _losing_little(
+    tiers: Tiers, lost: float, error: float, limits: tuple[float, float], seed: int
+) -> tuple[float, float]:
     """The narrowest band in a sequence that was fixed beforehand, each side of it tested at half the error."""
     low, high = 0.0, 1.0
-    unsafe, safe = int(tiers.unsafe.sum()), int((~tiers.unsafe).sum())
-    missable, alarming = tiers.missable, tiers.alarming
+    # The test is of rows that know nothing of each other: forty answers to one prompt are not forty witnesses.
+    unsafe, safe = (tiers.of(label).one_of_each(seed) for label in (tiers.unsafe, ~tiers.unsafe))
+    missable, alarming = unsafe.missable, safe.alarming
     for tried in _spaced(-_SUREST, limits[0], math.floor):
-        if tail(int((missable < tried).sum()), unsafe, lost) > error / 2:
+        if tail(int((missable < tried).sum()), len(unsafe), lost) > error / 2:
             break
         low = tried
     for tried in _spaced(_SUREST, limits[1], math.ceil):
-        if tail(int((alarming > tried).sum()), safe, lost) > error / 2:
+        if tail(int((alarming > tried).sum()), len(safe), lost) > error / 2:
             break
         high = tried
     return low, high
@@ -403,8 +424,9 @@ def _within_budget(
     kin = range(len(tiers)) if tiers.families is None else tiers.families.tolist()
     tested = sides(tiers.unsafe.tolist(), kin, seed)
     finding, testing = tiers.of(~tested), tiers.of(tested)
+    path, testing = _frontier(finding, limits), testing.one_of_each(seed)
     best = None
-    for _, band in _frontier(finding, limits):
+    for _, band in path:
         if tail(int(testing.escalated(band).sum()), len(testing), budget) > error:
             break
         best = band

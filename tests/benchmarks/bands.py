@@ -112,7 +112,7 @@ def one_split(
         if target.escalated is not None:
             band = bands._within_budget(fitting, target.escalated, error, limits, seed)
         else:
-            band = bands._losing_little(fitting, target.lost or 0.0, error, limits)
+            band = bands._losing_little(fitting, target.lost or 0.0, error, limits, seed)
     except DataError:
         return None
     rates = bands.rates(reporting, band)
@@ -158,7 +158,7 @@ def control(count: int, splits: int) -> None:
         tiers, kept = invented(count, pool), [0, 0]
         for seed in range(splits):
             other = sides(tiers.unsafe.tolist(), range(count), seed)
-            band = bands._losing_little(tiers.of(~other), lost, 1 - CONFIDENCE, limits)
+            band = bands._losing_little(tiers.of(~other), lost, 1 - CONFIDENCE, limits, seed)
             for at, seen in enumerate((tiers.of(other), truth)):
                 rates = bands.rates(seen, band)
                 kept[at] += max(rates["missed"], rates["alarmed"]) <= lost

@@ -121,17 +121,38 @@ def test_a_bare_word_is_a_label(reply: str, unsafe: float, scored: Callable[...,
     assert scored(Nemotron(), "Hello", Reply(reply, cut=True), *([""] if unsafe else [])).unsafe == unsafe
 
 
-@pytest.mark.parametrize("reply", ["", "sa", '{"', "not", "safe unsafe", "safely", "maybe", '"'])
+@pytest.mark.parametrize("reply", ["", '{"', "not", "safe unsafe", "safely", "maybe", '"'])
 def test_what_is_no_word_is_no_verdict(reply: str, scored: Callable[..., Any]) -> None:
-    """Half of "safe" is not enough without logprobs."""
+    """Nor is a word that only begins as one."""
     with pytest.raises(BackendError):
         scored(Nemotron(), "Hello", Reply(reply, cut=True))
 
 
-def test_a_split_word_is_told_by_its_first_piece(scored: Callable[..., Any], replied: Callable[..., Any]) -> None:
-    """Tokenizers differ."""
-    scores = scored(Nemotron(), "Hello", replied({"sa": 0.75, "uns": 0.25}, cut=True))
-    assert scores.unsafe == pytest.approx(0.25)
+@pytest.mark.parametrize("pieces", [("s", "a", "f", "e", '",'), ("Saf", 'e"'), ("sa", "fe")])
+def test_a_split_word_is_told_by_its_first_piece(
+    pieces: tuple[str, ...], scored: Callable[..., Any], replied: Callable[..., Any]
+) -> None:
+    """Tokenizers differ; the rest of the word is asked for."""
+    first, *rest = pieces
+    shares = {first: 0.75, "uns": 0.25}
+    for cut in (replied(shares, cut=True), Reply(first, cut=True)):
+        scores = scored(Nemotron(), "Hello", cut, replied(shares, *rest, cut=True))
+        assert scores.unsafe == pytest.approx(0.25)
+        assert set(scores.categories.values()) == {0.0}
+    assert scored(Nemotron(), "Hello", Reply(first, cut=True), Reply("".join(pieces), cut=True)).unsafe == 0.0
+
+
+@pytest.mark.parametrize(
+    "whole", ["S", "S1", 'S1", "Response Safety": "', "Severe", "safely", "safe or unsafe", 'Sa"fe', "", "sa fe"]
+)
+def test_what_only_begins_as_safe_is_no_verdict(
+    whole: str, scored: Callable[..., Any], replied: Callable[..., Any]
+) -> None:
+    """An untuned model names a code of harm there, S1."""
+    for first in (replied({"S": 0.9, "unsafe": 0.1}, cut=True), Reply("S", cut=True)):
+        for reply in (replied({"S": 0.9, "unsafe": 0.1}, whole[1:], cut=True), Reply(whole, cut=True)):
+            with pytest.raises(BackendError):
+                scored(Nemotron(), "Hello", first, reply)
 
 
 def test_spellings_of_a_word_are_one(scored: Callable[..., Any], replied: Callable[..., Any]) -> None:

@@ -50,6 +50,20 @@ def test_an_answer_is_an_object(scored: Callable[..., Any]) -> None:
         assert (scores.unsafe, scores.categories["violence"], scores.injection) == (1.0, 1.0, 1.0)
     assert scored(JUDGE, "Hi", answer("safe", categories=[], attack=None)).unsafe == 0.0
     assert scored(JUDGE, "Hi", answer("Safe")).unsafe == 0.0
+    assert scored(JUDGE, "Hi", f"```JSON\n{answer('safe')}```").unsafe == 0.0
+
+
+@pytest.mark.parametrize("none", ["none", "None", "null", "N/A", " ", None, False])
+def test_none_is_none_in_any_words(none: object, scored: Callable[..., Any]) -> None:
+    """Not every model says null."""
+    assert scored(JUDGE, "Hi", answer("safe", categories=["none"], attack=none)).unsafe == 0.0
+    scores = scored(JUDGE, "Hi", answer(categories=["violence"], attack=none))
+    assert (scores.unsafe, scores.injection) == (1.0, 0.0)
+
+
+def test_an_attack_is_one_in_any_case(scored: Callable[..., Any]) -> None:
+    """As a label is."""
+    assert scored(JUDGE, "Hi", answer(attack="Prompt_Injection")).injection == 1.0
 
 
 def test_the_score_is_the_labels(scored: Callable[..., Any], replied: Callable[..., Any]) -> None:
@@ -72,6 +86,11 @@ def test_the_score_is_the_labels(scored: Callable[..., Any], replied: Callable[.
         answer(categories="violence"),
         answer(categories=[1]),
         answer(attack="other"),
+        answer("safe", categories=["none", "violence"]),
+        answer("safe", attack=["none"]),
+        answer("safe", attack=True),
+        f"```unsafe\n{answer('safe')}\n```",
+        f"```json\n{answer('safe')}\n``` ```json\n{answer('unsafe')}\n```",
         answer("safe") + answer("unsafe"),
         '{"label": "safe", "label": "unsafe"}',
         '{"label": "safe", "Label": "unsafe"}',

@@ -43,6 +43,15 @@ def test_what_was_not_told_may_be_harm(told: dict[str, float], unsafe: float) ->
     assert weigh("x", one("safe", told["safe"], **told), "safe", SAFE_UNSAFE).unsafe == pytest.approx(unsafe)
 
 
+def test_a_letter_alone_may_be_harm_but_is_no_harmlessness() -> None:
+    """Where "safe" is one token, "S" begins something else: a code of harm, as in S1."""
+    told = {"safe": log(0.5), "S": log(0.3), "u": log(0.2)}
+    reading = weigh("x", one("safe", log(0.5), **told), "safe", SAFE_UNSAFE)
+    assert reading == (pytest.approx(0.2 / 0.7), pytest.approx(0.7))
+    split = weigh("x", one("s", log(0.5), s=log(0.5), S=log(0.3), u=log(0.2)), "safe", SAFE_UNSAFE)
+    assert split == (pytest.approx(0.2 / 0.7), pytest.approx(0.7))
+
+
 def test_what_is_covered_is_told() -> None:
     """A share of probability on other words is a sign of ill health, long before it is an error."""
     reading = weigh("x", one("safe", log(0.6), unsafe=log(0.2), sure=log(0.2)), "safe", SAFE_UNSAFE)

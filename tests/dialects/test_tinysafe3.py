@@ -28,6 +28,7 @@ def test_answers_of_the_card_are_read(scored: Callable[..., Any]) -> None:
     """Reasons may say anything."""
     safe = '{"safe":true,"categories":[],"reasoning":"Not unsafe: it is about drives, \\"safe\\":false is no verdict."}'
     assert scored(GUARD, "Q", safe).unsafe == 0.0
+    assert scored(GUARD, "Q", '```json\n{"safe":true,"categories":["none"]}\n```').unsafe == 0.0
     scores = scored(GUARD, "Q", '{"safe":false,"categories":["violence","dangerous_info"],"reasoning":"A bomb."}')
     assert scores.unsafe == 1.0
     assert {name for name, score in scores.categories.items() if score} == {"violence", "dangerous_info"}

@@ -19,7 +19,7 @@ from guardmw.evaluate.rows import Row
 from guardmw.testing import KeywordBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 LIMITS = (0.5, 0.5)
 
@@ -44,12 +44,52 @@ def test_no_more_is_lost_than_promised(second: str, lost: float) -> None:
     error, repeats = 0.1, 60
     kept, shares = 0, []
     for seed in range(1, repeats + 1):
-        band = bands._losing_little(simulated(1500, second, seed), lost, error, LIMITS)
+        band = bands._losing_little(simulated(1500, second, seed), lost, error, LIMITS, seed)
         seen = rates(truth, band)
         kept += seen["missed"] <= lost and seen["alarmed"] <= lost
         shares.append(seen["escalated"])
     assert kept >= (1 - error) * repeats
     assert np.mean(shares) < (0.02 if second == "equal" else 0.9)
+
+
+def in_families(tiers: Tiers, seed: int) -> Tiers:
+    """Most rows alone, and every tenth as many times over as answers to one prompt may be."""
+    draw = np.random.default_rng(seed)
+    sizes = np.where(draw.random(len(tiers)) < 0.1, draw.integers(10, 60, len(tiers)), 1)
+    at = np.repeat(np.arange(len(tiers)), sizes)
+    return replace(tiers.of(at), families=at)
+
+
+def losing(tiers: Tiers, seed: int) -> bool:
+    """Whether a band that is to lose 5 % does, by the true rates."""
+    band = bands._losing_little(tiers, 0.05, 0.1, LIMITS, seed)
+    seen = rates(simulated(20_000, "noisy", seed=0), band)
+    return max(seen["missed"], seen["alarmed"]) <= 0.05
+
+
+def escalating(tiers: Tiers, seed: int) -> bool:
+    """The same of one that is to escalate 20 %."""
+    band = bands._within_budget(tiers, 0.2, 0.1, LIMITS, seed)
+    return rates(simulated(20_000, "noisy", seed=0), band)["escalated"] <= 0.2
+
+
+@pytest.mark.parametrize("keeps", [losing, escalating])
+def test_a_family_is_one_witness(keeps: Callable[[Tiers, int], bool]) -> None:
+    """Many answers to one prompt say little more than one does, and their number would promise too much."""
+    given = [in_families(simulated(500, "noisy", seed), seed) for seed in range(1, 61)]
+    known = sum(keeps(tiers, seed) for seed, tiers in enumerate(given))
+    unknown = sum(keeps(replace(tiers, families=None), seed) for seed, tiers in enumerate(given))
+    assert unknown < 54 <= known
+
+
+def test_a_rate_counts_a_family_once() -> None:
+    """Whatever its rows are: half of one that is missed is half a row."""
+    unsafe, second = np.ones(5, dtype=bool), np.ones(5, dtype=bool)
+    scores = np.stack([np.array([0.1, 0.1, 0.1, 0.9, 0.9]), np.full(5, -1.0)], axis=1)
+    tiers = Tiers(unsafe, scores, ~unsafe, scores[:, 0] >= 0.5, second, np.array([7, 7, 7, 7, 2]))
+    assert rates(tiers, (0.5, 0.5)) == {"escalated": 0.0, "missed": 0.375, "alarmed": 0.0}
+    assert rates(tiers, (0.1, 0.5)) == {"escalated": 0.375, "missed": 0.0, "alarmed": 0.0}
+    assert rates(replace(tiers, families=None), (0.5, 0.5))["missed"] == 0.6
 
 
 def test_a_band_is_not_tested_on_relatives_of_what_it_was_found_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +253,7 @@ def test_a_band_never_ends_short_of_the_limits(limits: tuple[float, float], band
     """However sure the first tier is."""
     unsafe = np.arange(1000) % 2 == 0
     sure = Tiers(unsafe, np.stack([unsafe * 1.0, unsafe * 0.0 - 1], axis=1), unsafe & False, unsafe, unsafe)
-    assert bands._losing_little(sure, 0.05, 0.05, limits) == pytest.approx(band, abs=2e-6)
+    assert bands._losing_little(sure, 0.05, 0.05, limits, seed=0) == pytest.approx(band, abs=2e-6)
 
 
 @pytest.mark.parametrize(
