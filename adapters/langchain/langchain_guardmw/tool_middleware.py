@@ -219,7 +219,8 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
             verdict = self._desk.recall(request, asked)
             if verdict is None:
                 known = self._desk.expected(asked)
-                if known is None and said.blocked:
+                if said.blocked and (known is None or not known.blocked):
+                    # Said again after a review it may have been judged without its arguments, since.
                     return refused(call, None)
                 verdict = strictest([known] if known is not None else (yield [asked.conversation]))
             if verdict is None:
