@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from contextvars import ContextVar
-from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from uuid import uuid4
@@ -17,10 +17,10 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command
 
 from guardmw import Blocked
-from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
+from langchain_guardmw.calls import BLOCKED_CALLS, TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate, quoted
 from langchain_guardmw.model import stand_in
-from langchain_guardmw.outcome import log, noted, refusal, refuses, strictest
+from langchain_guardmw.outcome import log, refusal, refuses, strictest, verdict_of
 from langchain_guardmw.parts import as_mark, is_mark, is_role, unsaid, within
 from langchain_guardmw.source import Again, Keeping, Kept
 
@@ -214,21 +214,19 @@ class Asking:
         """
         for message in self._messages[self._trial.begin() :]:
             if isinstance(message, AIMessage) and refuses(message) and self._over(message) in self._approved:
-                raise Blocked(noted(message))
+                raise Blocked(verdict_of(message))
 
     def _over(self, refused: AIMessage) -> str:
         return self._history.approved(((refused.id or "").encode(),), _OVER)
 
     def request(self) -> Request:
         """What the model is asked, and by whom."""
-        asked = copy(self._request)
-        # `override` gives the same, and warns of each of nine attributes, which is dear also where nobody hears it.
-        put = object.__setattr__
-        put(asked, "model", stand_in(self._request.model, self._around()))
+        messages = self._messages
         if self._instead:
-            put(asked, "messages", [self._seen(at, message) for at, message in enumerate(self._messages)])
-        elif self._place:
-            put(asked, "messages", self._messages)
+            messages = [self._seen(at, message) for at, message in enumerate(messages)]
+        asked: Request = object.__new__(type(self._request))
+        # `override` gives the same, and warns of each of nine attributes, which is dear also where nobody hears it.
+        vars(asked).update(vars(self._request), model=stand_in(self._request.model, self._around()), messages=messages)
         return asked
 
     def _around(self) -> Told:
@@ -277,8 +275,10 @@ class Asking:
         Nothing where it is that of a call, where it says no more than the answer did, or where a person has decided.
         """
         value = quoted(error) if error else response.structured_response
+        if value is None or self._said:
+            return []
         answers = [message for message in response.result if isinstance(message, AIMessage)]
-        if value is None or self._said or any(map(refuses, answers)):
+        if any(map(refuses, answers)):
             return []
         answered = {message.tool_call_id for message in response.result if isinstance(message, ToolMessage)}
         if any(call["id"] in answered for message in answers for call in message.tool_calls):
@@ -361,10 +361,13 @@ class Asking:
                 continue
             # It stands where its refusal does, and is judged in the light of what came before that.
             self._place, self._before = pending.answer.id, messages[:at]
+            if self._calls:
+                noted = pending.answer.response_metadata.get(BLOCKED_CALLS)
+                self._calls.emptied = noted if isinstance(noted, Mapping) else ()
             self._messages = self._messages[: _position(self._messages, pending.answer)]
             if name == self._name or self._is_approved(pending.answer):
                 self._said = pending.answer
-                # Now, as others may change it in place.
+                # At once, as others may change it in place.
                 self._streamed = self._history.read(Again(pending.answer).streamed).nameless
 
     def _is_approved(self, message: AIMessage) -> bool:

@@ -333,7 +333,9 @@ class Around:
         return result
 
     def _begin(self, asked: list[Conversation], run: Callable[[], T]) -> T:
-        if self.input != "parallel":
+        if self.input == "off":
+            return run()
+        if self.input == "before":
             self._admit(asked)
             return run()
         # It is the judge that gets the thread: a model's stream stays in one, and the thread is gone with the verdict.
@@ -345,7 +347,9 @@ class Around:
                 judging.result()
 
     async def _abegin(self, asked: list[Conversation], run: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        if self.input != "parallel":
+        if self.input == "off":
+            return await run()
+        if self.input == "before":
             await self._aadmit(asked)
             return await run()
         calling = asyncio.create_task(run())
@@ -358,8 +362,7 @@ class Around:
             raise
 
     def _admit(self, asked: list[Conversation]) -> None:
-        if self.input != "off":
-            admit(self.gate.ready().screen_many(asked))
+        admit(self.gate.ready().screen_many(asked))
 
     async def _aadmit(self, asked: list[Conversation]) -> None:
         if self.input != "off":

@@ -58,7 +58,7 @@ def refuses(message: BaseMessage) -> bool:
     return "guardmw" in message.response_metadata
 
 
-def noted(refused: BaseMessage) -> Verdict:
+def verdict_of(refused: BaseMessage) -> Verdict:
     """The verdict that a refusal holds; whoever can write messages can write that, too."""
     told: dict[str, Any] = refused.response_metadata["guardmw"]
     return Verdict(

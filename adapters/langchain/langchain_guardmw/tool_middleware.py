@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired, Self, cast
@@ -177,8 +178,8 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
             for one, verdict in zip(asked, verdicts, strict=True):
                 self._desk.expect(one, verdict)
 
-        answers = _structured_names(request.response_format)
-        return ToolGuard(guard, request.state, names_of(request.tools), answers, asking, keep)
+        tools, answers = partial(names_of, request.tools), partial(_structured_names, request.response_format)
+        return ToolGuard(guard, request.state, tools, answers, asking, keep)
 
     def _route(self, guard: Guard, request: ToolCallRequest) -> Route:
         """Yields what is to be judged, and the call to make, if any."""
@@ -219,8 +220,7 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
             verdict = self._desk.recall(request, asked)
             if verdict is None:
                 known = self._desk.expected(asked)
-                if said.blocked and (known is None or not known.blocked):
-                    # Said again after a review it may have been judged without its arguments, since.
+                if known is None and said.blocked:
                     return refused(call, None)
                 verdict = strictest([known] if known is not None else (yield [asked.conversation]))
             if verdict is None:
