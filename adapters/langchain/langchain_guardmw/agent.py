@@ -62,7 +62,7 @@ class Step(TypedDict):
 
 
 class GuardState(AgentState[Any]):
-    """What a guard keeps in the agent's state, where nothing that goes into a run can put it.
+    """What a guard keeps in the agent's state, where no input of a run can put it; who may write the state can.
 
     Attributes:
         guardmw_approved: the keys of messages on which it has been decided: by a person who approved them, or by the

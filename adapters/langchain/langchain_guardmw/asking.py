@@ -122,16 +122,25 @@ class Asking:
     Attributes:
         asked: what is to be judged before it; ``take`` waits for the verdicts.
         refusal: the answer where the model is not to be asked.
+        kept: keeps what is withheld of the model's answer, if a person is to decide.
     """
 
     def __init__(self, request: Request, gate: Gate, history: History, on_block: OnBlock, name: str) -> None:
         self.refusal: AIMessage | None = None
+        self.kept: Kept | None = None
         self._request = request
         self._messages: list[Any] = request.messages
         by = TOOL_GUARD.get()
         # An agent that runs within another's model call has tools of its own.
         calls = self._calls = Calls(by, history) if by is not None and by.state is request.state else None
-        self._kept = Kept(calls) if on_block == "review" else None
+        outer, inside = _OUTER.get(), getattr(request.model, "around", None)
+        # Other middlewares may go to a thread between guards, or put something around the model.
+        beside = outer is not None or isinstance(inside, Told)
+        for one in (outer and outer.kept, inside and getattr(inside, "source", None)):
+            if isinstance(one, Kept):
+                one.beside = True
+        if on_block == "review":
+            self.kept = Kept(calls, beside=beside)
         self._gate = gate
         self._history = history
         self._on_block = on_block
@@ -152,10 +161,6 @@ class Asking:
         self._prompt = history.trial([request.system_message]) if request.system_message else None
         self.asked = [*self._prompt.asked, *self._trial.asked] if self._prompt else self._trial.asked
         self._instead: dict[int, BaseMessage] = {}
-        outer = _OUTER.get()
-        self._beside = outer is not None
-        if outer:
-            outer._beside = True  # noqa: SLF001 - another of these
 
     def ask(self, handler: Callable[[Request], T]) -> T:
         """What the model answers, and whoever stands between."""
@@ -230,7 +235,7 @@ class Asking:
         return asked
 
     def _around(self) -> Told:
-        gate, history, calls, kept = self._gate, self._history, self._calls, self._kept
+        gate, history, calls, kept = self._gate, self._history, self._calls, self.kept
         if self._said:
             return Told(gate, "off", output=False, source=Again(self._said), history=history)
         if kept:
@@ -266,8 +271,8 @@ class Asking:
         if verdict is not None:
             stray: Any = response.result[at]
             response.result[at] = self._gate.withheld(stray, verdict)
-            if self._kept:
-                self._kept.answer = stray
+            if self.kept:
+                self.kept.answer = stray
 
     def made(self, response: Response, error: StructuredOutputError | None) -> list[Conversation]:
         """What is to be judged of the object that was made of an answer, or of the error that quotes it.
@@ -380,13 +385,13 @@ class Asking:
 
     def _pending(self, refused: AIMessage) -> bytes | None:
         """The answer that a refusal stands for, if a person is to decide on it."""
-        if self._kept is None or self._kept.answer is None:
+        if self.kept is None or self.kept.answer is None:
             return None
-        answer = self._kept.answer
+        answer = self.kept.answer
         answer = answer.model_copy(update={"id": refused.id, "name": refused.name or answer.name})
         structured = self._request.response_format is not None
         try:
-            return Pending(answer, refused.response_metadata["guardmw"], structured, self._beside).packed()
+            return Pending(answer, refused.response_metadata["guardmw"], structured, self.kept.beside).packed()
         except TypeError:
             log.warning("a withheld answer holds an object that no checkpoint keeps, and nobody is asked about it")
             return None

@@ -26,10 +26,12 @@ class Kept:
 
     Attributes:
         answer: that is withheld; None where none is, or what was said is another guard's refusal.
+        beside: other guards have an answer to judge, too.
     """
 
-    def __init__(self, calls: Calls | None) -> None:
+    def __init__(self, calls: Calls | None, *, beside: bool) -> None:
         self.answer: AIMessage | None = None
+        self.beside = beside
         self._calls = calls
         self._said: list[Any] = []
 

@@ -49,7 +49,7 @@ _REMEMBERED = 4_096
 
 
 class NotedState(AgentState[Any]):
-    """What a guard of tools keeps in the agent's state, where nothing that goes into a run can put it.
+    """What a guard of tools keeps in the agent's state, where no input can put it; who may write the state can.
 
     Attributes:
         guardmw_noted: what rules have to know of messages that others may take out of the history.

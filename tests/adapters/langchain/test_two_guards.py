@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -220,6 +221,24 @@ def test_calls_of_an_approved_answer_are_for_the_guard_of_the_tools(run: Run, fi
     run(agent, Command(resume="approve"), lambda _: None)
     assert NOTED == ["milk"]
     assert texts(agent)[-1] == "Fine. "
+
+
+@ORDER
+@pytest.mark.parametrize("text", ["ONE", "ONE, TWO"])
+def test_they_know_of_each_other_through_a_thread(first: bool, text: str) -> None:
+    """Where a middleware between them takes what is inside of it to another, without the context."""
+
+    class Threaded(AgentMiddleware[Any, Any, Any]):
+        def wrap_model_call(self, request: Any, handler: Any) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(handler, request).result()
+
+    (one, two), _ = guards("end", first=first)
+    agent = agent_of(Fake.saying(call(text), "Fine."), one, Threaded(), two, tools=[note])
+    invoke(agent, said("Hello."), lambda _: None)
+    if agent.get_state(THREAD).interrupts:
+        invoke(agent, Command(resume="approve"), lambda _: None)
+    assert ["ONE"] * (text == "ONE") == NOTED
 
 
 @BOTH
