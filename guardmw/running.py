@@ -107,6 +107,8 @@ def _copied(value: Any) -> Any:  # noqa: ANN401 - any plain value
     kind = type(value)
     if kind in _UNCHANGING:
         return value
+    if kind is dict and not value:
+        return {}
     if kind is dict:
         return {
             key if type(key) is str else _copied(key): item if type(item) in _UNCHANGING else _copied(item)

@@ -62,7 +62,7 @@ class Step(TypedDict):
 
 
 class GuardState(AgentState[Any]):
-    """What a guard keeps in the agent's state, where nothing that goes into a run can put it.
+    """What a guard keeps in the agent's state, where no input of a run can put it; who may write the state can.
 
     Attributes:
         guardmw_approved: the keys of messages on which it has been decided: by a person who approved them, or by the
@@ -72,14 +72,19 @@ class GuardState(AgentState[Any]):
     guardmw_approved: NotRequired[Annotated[list[str], PrivateStateAttr, operator.add]]
 
 
+def _updated(held: dict[str, bytes], changes: dict[str, bytes | None]) -> dict[str, bytes]:
+    """Several guards may make changes at once; with None they let go of what they held."""
+    return {name: packed for name, packed in {**held, **changes}.items() if packed is not None}
+
+
 class ReviewState(GuardState):
     """What a review keeps in the agent's state, too.
 
     Attributes:
-        guardmw_held: the answer on which a person is to decide, packed; empty where the run is over.
+        guardmw_held: by guard the answer on which a person is to decide, packed; empty where the run is over.
     """
 
-    guardmw_held: NotRequired[Annotated[bytes | None, PrivateStateAttr]]
+    guardmw_held: NotRequired[Annotated[dict[str, bytes], PrivateStateAttr, _updated]]
 
 
 class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
@@ -153,7 +158,7 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
             return asking.refused()
         failed = None
         try:
-            response = handler(asking.request())
+            response = asking.ask(handler)
         except StructuredOutputError as error:
             # It quotes an answer that may be another model's, and is judged with it.
             response, failed = ModelResponse(result=[error.ai_message]), error
@@ -175,7 +180,7 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
             return asking.refused()
         failed = None
         try:
-            response = await handler(asking.request())
+            response = await asking.aask(handler)
         except StructuredOutputError as error:
             response, failed = ModelResponse(result=[error.ai_message]), error
         for at, answer in asking.strays(response):
@@ -185,7 +190,7 @@ class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
         return asking.answered(response, failed)
 
     def _asking(self, request: Request, guard: Guard) -> Asking:
-        return Asking(request, self._gate, self._history(guard), self._on_block)
+        return Asking(request, self._gate, self._history(guard), self._on_block, self.name)
 
     def _history(self, guard: Guard) -> History:
         if self._known is None:
@@ -230,32 +235,39 @@ class Reviewing(GuardMiddleware):
     @hook_config(can_jump_to=["end", "model"])
     def after_model(self, state: ReviewState, runtime: Runtime[Any]) -> dict[str, Any] | None:  # noqa: ARG002
         """Ask about an answer that is withheld; a refusal stands in its place until then, and if it is rejected."""
-        packed = state.get("guardmw_held")
+        packed = self._held(state)
         if packed is None:
             return None
+        gone: dict[str, Any] = {"guardmw_held": {self.name: None}}
         if packed == ENDED:
-            return {"guardmw_held": None, "jump_to": "end"}
+            # Unless another guard has somebody decide first.
+            others = (held for name, held in state["guardmw_held"].items() if name != self.name)
+            return gone if any(others) else gone | {"jump_to": "end"}
         pending, messages = Pending.unpacked(packed), state["messages"]
         id_ = pending.answer.id
         at = next((at for at, message in enumerate(messages) if message.id == id_), None)
         if at is None:
             # Somebody took the refusal out, and there is no place for an answer.
-            return {"guardmw_held": None}
+            return gone
         history = self._history(self._gate.ready())
         about = history.approval([*messages[:at], pending.answer], at)
         decision, text = _decision(next(_answers(pending.answer, about, pending.verdict)))
         if decision == "reject":
-            return {"guardmw_held": None} | ({"jump_to": "end"} if pending.structured else {})
+            return gone | ({"jump_to": "end"} if pending.structured else {})
         answer = pending.answer
         if decision == "edit":
             answer = AIMessage(text, id=id_, name=answer.name)
             about = history.approval([*messages[:at], answer], at)
-        update: dict[str, Any] = {"guardmw_held": None, "guardmw_approved": [about]}
-        if not pending.structured:
-            return update | {"messages": [answer]}
-        # The agent reads an object from what its model says, and nowhere else: it is said there.
+        approved: dict[str, Any] = {"guardmw_approved": [about]}
+        if not (pending.structured or pending.beside):
+            return gone | approved | {"messages": [answer]}
+        # The agent reads an object from what its model says, and other guards judge that, and nothing else: it is said
+        # there.
         decided = pending._replace(answer=answer, decided=True)
-        return update | {"guardmw_held": decided.packed(), "jump_to": "model"}
+        return approved | {"guardmw_held": {self.name: decided.packed()}, "jump_to": "model"}
+
+    def _held(self, state: ReviewState) -> bytes | None:
+        return (state.get("guardmw_held") or {}).get(self.name)
 
     def _decided(self, state: ReviewState, trial: Trial) -> Generator[Step, Step, dict[str, Any] | None]:
         """Yields what a person is asked, and is sent what one was asked when this ran first: that is what they saw."""
@@ -293,10 +305,10 @@ class Reviewing(GuardMiddleware):
         approvals = [history.approval(messages, at) for at in approved]
         changed = [new for new, old in zip(messages, shown, strict=True) if new is not old]
         update: dict[str, Any] = {"guardmw_approved": approvals} if approvals else {}
-        packed = state.get("guardmw_held")
+        packed = self._held(state)
         if packed is not None and (packed == ENDED or not Pending.unpacked(packed).decided):
             # Nobody has decided on it, and the user went on: its refusal stands.
-            update["guardmw_held"] = None
+            update["guardmw_held"] = {self.name: None}
         if rejected:
             answer = AIMessage(REFUSAL, response_metadata=refusal_metadata(rejected[0]["verdict"]))
             return update | {"messages": [*changed, answer], "jump_to": "end"}

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import zlib
-from copy import copy
+from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from uuid import uuid4
 
 from langchain.agents.middleware import ModelResponse
 from langchain.agents.middleware.types import ExtendedModelResponse
-from langchain_core.messages import AIMessage, BaseMessage, ToolMessage, message_chunk_to_message
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
+from langchain_core.outputs import ChatResult
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command
 
 from guardmw import Blocked
 from guardmw.identifiers import is_mark
-from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
+from langchain_guardmw.calls import BLOCKED_CALLS, TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate, quoted
-from langchain_guardmw.model import as_chunk, stand_in
-from langchain_guardmw.outcome import log, refusal, strictest
+from langchain_guardmw.model import stand_in
+from langchain_guardmw.outcome import log, refusal, refuses, strictest, verdict_of
 from langchain_guardmw.parts import as_mark, is_role, unsaid, within
+from langchain_guardmw.source import Again, Keeping, Kept
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator
-    from contextvars import Context
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from langchain.agents.middleware import ModelRequest
     from langchain.agents.structured_output import StructuredOutputError
@@ -44,18 +45,18 @@ OnBlock = Literal["raise", "end", "replace", "review"]
 WITHHELD = "[Withheld by policy.]"
 # In the place of an answer that is held: the run is over. A jump would not last through the nodes after the model.
 ENDED = b""
+# What is decided where a refusal has ended a run.
+_OVER = b"over"
+
+# Who is asking this model already: another guard of the same agent, if any.
+_OUTER: ContextVar[Asking | None] = ContextVar("_OUTER", default=None)
 
 
 @dataclass(frozen=True)
 class Told(Around):
-    """Tells the history of every answer that it lets out.
-
-    Attributes:
-        kept: answers on which a person is to decide.
-    """
+    """Tells the history of every answer that it lets out."""
 
     history: History = field(kw_only=True)
-    kept: list[AIMessage] = field(default_factory=list, kw_only=True)
 
     def read(self, value: Any) -> tuple[list[Conversation], tuple[Turn, ...]]:  # noqa: ANN401 - messages
         """Nothing is judged that goes in: it has been."""
@@ -84,89 +85,6 @@ class Told(Around):
                 self.history.let_out(generation.message)
         return result
 
-    def answer(self, run: Callable[[], Any]) -> Any:  # noqa: ANN401 - the model's
-        """What the model answers, its calls judged if others guard the tools."""
-        return self.calls.run(run) if self.calls else run()
-
-    async def aanswer(self, run: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401 - the model's
-        """``answer``, without blocking the event loop."""
-        return await (self.calls.arun(run) if self.calls else run())
-
-    def chunks(self, run: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """``answer``, as it comes."""
-        return self.calls.chunks(run) if self.calls else run()
-
-    def achunks(self, run: Callable[[], AsyncIterator[Any]]) -> AsyncIterator[Any]:
-        """``chunks``, without blocking the event loop."""
-        return self.calls.achunks(run) if self.calls else run()
-
-    def call(self, value: object, run: Callable[[], T], *, empty: T, context: Context | None = None) -> T:  # noqa: D102
-        return super().call(value, lambda: self.answer(run), empty=empty, context=context)
-
-    async def acall(self, value: object, run: Callable[[], Coroutine[Any, Any, T]], *, empty: T) -> T:  # noqa: D102
-        return await super().acall(value, lambda: self.aanswer(run), empty=empty)
-
-    def stream(  # noqa: D102
-        self, value: object, run: Callable[[], Iterator[T]], *, empty: T, context: Context | None = None
-    ) -> Iterator[T]:
-        return super().stream(value, lambda: self.chunks(run), empty=empty, context=context)
-
-    def astream(  # noqa: D102
-        self, value: object, run: Callable[[], AsyncIterator[T]], *, empty: T, context: Context | None = None
-    ) -> AsyncGenerator[T, None]:
-        return super().astream(value, lambda: self.achunks(run), empty=empty, context=context)
-
-
-@dataclass(frozen=True)
-class Reviewed(Told):
-    """Keeps the answer that a refusal stands for."""
-
-    _said: list[Any] = field(default_factory=list, kw_only=True)
-
-    def told(self, result: T) -> T:  # noqa: D102
-        if isinstance(result, ChatResult) and refuses(result.generations[0].message) and self._said:
-            self.kept.append(_merged(self._said))
-        return super().told(result)
-
-    def answer(self, run: Callable[[], Any]) -> Any:  # noqa: ANN401, D102
-        self._said[:] = [super().answer(run)]
-        return self._said[0]
-
-    async def aanswer(self, run: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401, D102
-        self._said[:] = [await super().aanswer(run)]
-        return self._said[0]
-
-    def chunks(self, run: Callable[[], Iterator[Any]]) -> Iterator[Any]:  # noqa: D102
-        self._said.clear()
-        for chunk in super().chunks(run):
-            self._said.append(chunk)
-            yield chunk
-
-    async def achunks(self, run: Callable[[], AsyncIterator[Any]]) -> AsyncIterator[Any]:  # noqa: D102
-        self._said.clear()
-        async for chunk in super().achunks(run):
-            self._said.append(chunk)
-            yield chunk
-
-
-@dataclass(frozen=True)
-class Again(Told):
-    """Says what a person decided that the model is to have said, without asking it."""
-
-    said: AIMessage = field(kw_only=True)
-
-    def answer(self, run: Callable[[], Any]) -> Any:  # noqa: ANN401, ARG002, D102
-        return ChatResult(generations=[ChatGeneration(message=self.said)])
-
-    async def aanswer(self, run: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401, ARG002, D102
-        return ChatResult(generations=[ChatGeneration(message=self.said)])
-
-    def chunks(self, run: Callable[[], Iterator[Any]]) -> Iterator[Any]:  # noqa: ARG002, D102
-        yield as_chunk(self.answer(list))
-
-    async def achunks(self, run: Callable[[], AsyncIterator[Any]]) -> AsyncIterator[Any]:  # noqa: ARG002, D102
-        yield as_chunk(self.answer(list))
-
 
 class Pending(NamedTuple):
     """An answer that a refusal stands for until a person has decided.
@@ -175,12 +93,14 @@ class Pending(NamedTuple):
         answer: with the id of the refusal.
         verdict: on it, as ``to_dict`` tells it.
         structured: the agent makes an object of its model's answer, and asks again until it has one.
+        beside: other guards have an answer to judge, too.
         decided: this is what a person said is the answer.
     """
 
     answer: AIMessage
     verdict: dict[str, Any]
     structured: bool
+    beside: bool
     decided: bool = False
 
     def packed(self) -> bytes:
@@ -203,32 +123,61 @@ class Asking:
     Attributes:
         asked: what is to be judged before it; ``take`` waits for the verdicts.
         refusal: the answer where the model is not to be asked.
+        kept: keeps what is withheld of the model's answer, if a person is to decide.
     """
 
-    def __init__(self, request: Request, gate: Gate, history: History, on_block: OnBlock) -> None:
+    def __init__(self, request: Request, gate: Gate, history: History, on_block: OnBlock, name: str) -> None:
         self.refusal: AIMessage | None = None
+        self.kept: Kept | None = None
         self._request = request
+        self._messages: list[Any] = request.messages
         by = TOOL_GUARD.get()
         # An agent that runs within another's model call has tools of its own.
         calls = self._calls = Calls(by, history) if by is not None and by.state is request.state else None
+        outer, inside = _OUTER.get(), getattr(request.model, "around", None)
+        # Other middlewares may go to a thread between guards, or put something around the model.
+        beside = outer is not None or isinstance(inside, Told)
+        for one in (outer and outer.kept, inside and getattr(inside, "source", None)):
+            if isinstance(one, Kept):
+                one.beside = True
+        if on_block == "review":
+            self.kept = Kept(calls, beside=beside)
         self._gate = gate
         self._history = history
         self._on_block = on_block
+        self._name = name
         state: Any = request.state
+        self._approved: list[str] = state.get("guardmw_approved", ())
+        held: dict[str, bytes] = state.get("guardmw_held") or {}
+        self._holds = name in held
+        self._said: AIMessage | None = None
+        self._streamed = b""
+        self._place: str | None = None
+        self._before: list[BaseMessage] = []
+        if held:
+            self._go_on(held)
         # In another process than the one in which a person approved it, a call in the history is judged again.
-        self._trial = history.trial(
-            request.messages, state.get("guardmw_approved", ()), calls_reviewed=calls is not None
-        )
+        self._trial = history.trial(self._messages, self._approved, calls_reviewed=calls is not None)
         # By itself, or a prompt that tells the time would have all that follows judged anew.
         self._prompt = history.trial([request.system_message]) if request.system_message else None
         self.asked = [*self._prompt.asked, *self._trial.asked] if self._prompt else self._trial.asked
         self._instead: dict[int, BaseMessage] = {}
-        self._said = self._decided()
-        self._around: Told
-        if self._said:
-            self._around = Again(gate, "off", output=False, history=history, said=self._said)
-        else:
-            self._around = (Reviewed if on_block == "review" else Told)(gate, "off", calls=calls, history=history)
+
+    def ask(self, handler: Callable[[Request], T]) -> T:
+        """What the model answers, and whoever stands between."""
+        token = _OUTER.set(self)
+        try:
+            return handler(self.request())
+        finally:
+            _OUTER.reset(token)
+
+    async def aask(self, handler: Callable[[Request], Awaitable[T]]) -> T:
+        """``ask``, without blocking the event loop."""
+        token = _OUTER.set(self)
+        try:
+            return await handler(self.request())
+        finally:
+            _OUTER.reset(token)
 
     def take(self, verdicts: list[Verdict]) -> None:
         """The verdicts on what was asked.
@@ -242,14 +191,16 @@ class Asking:
             self._prompt.take(verdicts[:count])
             verdicts, of_prompt = verdicts[count:], self._prompt.withheld
         self._trial.take(verdicts)
+        if self._request.response_format is not None and self._approved:
+            self._stop()
         withheld = self._trial.withheld
         if not withheld and not of_prompt:
             return
-        begin = len(self._request.messages) if self._on_block == "replace" else self._trial.begin()
+        begin = len(self._messages) if self._on_block == "replace" else self._trial.begin()
         failed = self._trial.failed
         decisive = [verdict for at, verdict in withheld.items() if at >= begin or failed(verdict)]
         decisive += of_prompt.values()
-        messages = self._request.messages
+        messages = self._messages
         tools = names_of(self._request.tools)
         self._instead = {at: instead(messages[at], tools) for at, verdict in withheld.items() if not failed(verdict)}
         verdict = strictest(decisive)
@@ -261,16 +212,36 @@ class Asking:
         else:
             self.refusal = refusal(AIMessage(""), verdict, text=self._gate.refusal)
 
+    def _stop(self) -> None:
+        """Ask nobody again where a refusal was to end the run: LangChain forgets that behind other middlewares' nodes.
+
+        Raises:
+            Blocked: one has been given in this turn.
+        """
+        for message in self._messages[self._trial.begin() :]:
+            if isinstance(message, AIMessage) and refuses(message) and self._over(message) in self._approved:
+                raise Blocked(verdict_of(message))
+
+    def _over(self, refused: AIMessage) -> str:
+        return self._history.approved(((refused.id or "").encode(),), _OVER)
+
     def request(self) -> Request:
         """What the model is asked, and by whom."""
-        asked = copy(self._request)
-        # `override` gives the same, and warns of each of nine attributes, which is dear also where nobody hears it.
-        put = object.__setattr__
-        put(asked, "model", stand_in(self._request.model, self._around))
+        messages = self._messages
         if self._instead:
-            messages = self._request.messages
-            put(asked, "messages", [self._seen(at, message) for at, message in enumerate(messages)])
+            messages = [self._seen(at, message) for at, message in enumerate(messages)]
+        asked: Request = object.__new__(type(self._request))
+        # `override` gives the same, and warns of each of nine attributes, which is dear also where nobody hears it.
+        vars(asked).update(vars(self._request), model=stand_in(self._request.model, self._around()), messages=messages)
         return asked
+
+    def _around(self) -> Told:
+        gate, history, calls, kept = self._gate, self._history, self._calls, self.kept
+        if self._said:
+            return Told(gate, "off", output=False, source=Again(self._said), history=history)
+        if kept:
+            gate = Keeping(gate.guard, gate.stage, gate.on_block, gate.mode, gate.leak, gate.refusal, kept=kept)
+        return Told(gate, "off", calls=calls, source=kept or calls, history=history)
 
     def _seen(self, at: int, message: BaseMessage) -> BaseMessage:
         told = self._instead.get(at, message)
@@ -286,7 +257,9 @@ class Asking:
         return [
             (at, message)
             for at, message in enumerate(response.result)
-            if isinstance(message, AIMessage) and not self._history.was_let_out(message)
+            if isinstance(message, AIMessage)
+            and not self._history.was_let_out(message)
+            and not self._is_approved(message)
         ]
 
     def screened(self, response: Response, at: int, verdicts: list[Verdict]) -> None:
@@ -299,7 +272,8 @@ class Asking:
         if verdict is not None:
             stray: Any = response.result[at]
             response.result[at] = self._gate.withheld(stray, verdict)
-            self._around.kept.append(stray)
+            if self.kept:
+                self.kept.answer = stray
 
     def made(self, response: Response, error: StructuredOutputError | None) -> list[Conversation]:
         """What is to be judged of the object that was made of an answer, or of the error that quotes it.
@@ -307,8 +281,10 @@ class Asking:
         Nothing where it is that of a call, where it says no more than the answer did, or where a person has decided.
         """
         value = quoted(error) if error else response.structured_response
+        if value is None or self._said:
+            return []
         answers = [message for message in response.result if isinstance(message, AIMessage)]
-        if value is None or self._said or any(map(refuses, answers)):
+        if any(map(refuses, answers)):
             return []
         answered = {message.tool_call_id for message in response.result if isinstance(message, ToolMessage)}
         if any(call["id"] in answered for message in answers for call in message.tool_calls):
@@ -343,7 +319,11 @@ class Asking:
         update: dict[str, Any] = {}
         for message in response.result[:1]:
             if isinstance(message, AIMessage):
-                self._trial.passes(message)
+                if self._place:
+                    # Events of the third version give it another.
+                    message.id = self._place
+                if not self._is_approved(message):
+                    self._trial.passes(message)
                 if self._calls and self._calls.blocked and self._history.was_let_out(message):
                     # In another process, or after other messages, a rule might still be against what is left of them.
                     update["guardmw_approved"] = [self._history.approval_anywhere(message)]
@@ -359,35 +339,60 @@ class Asking:
             # What is not in the state was added on the way here, and is not to be put into it.
             ids = {message.id for message in state["messages"]}
             update["messages"] = [message for message in self._instead.values() if message.id in ids]
-        if state.get("guardmw_held") is not None:
-            update["guardmw_held"] = None
+        if self._holds:
+            update["guardmw_held"] = {self._name: None}
         refused = next((one for one in response.result if isinstance(one, AIMessage) and refuses(one)), None)
-        if refused is not None and (held := self._held(refused)):
-            update["guardmw_held"] = held
+        if refused is not None:
+            refused.id = refused.id or str(uuid4())
+        if refused is not None and (packed := self._pending(refused)):
+            update["guardmw_held"] = {self._name: packed}
         elif self._request.response_format is not None and (refused is not None or self._says_no_more(response)):
             # An agent without tools asks its model until it has an object, and a refusal is none.
-            update |= {"guardmw_held": ENDED} if self._on_block == "review" else {"jump_to": "end"}
+            if self._on_block == "review":
+                update["guardmw_held"] = {self._name: ENDED}
+            else:
+                update["jump_to"] = "end"
+                if refused is not None:
+                    update["guardmw_approved"] = [self._over(refused)]
         return ExtendedModelResponse(response, Command(update=update)) if update else response
 
-    def _decided(self) -> AIMessage | None:
-        """What a person said is the answer, unless the user went on."""
+    def _go_on(self, held: dict[str, bytes]) -> None:
+        """Take what a person said is the answer, to this guard or another, unless the user went on."""
         state: Any = self._request.state
-        packed = state.get("guardmw_held")
-        pending = Pending.unpacked(packed) if packed else None
-        if pending is None or not pending.decided:
-            return None
-        turn = self._request.messages[self._trial.begin() :]
-        return pending.answer if any(message.id == pending.answer.id for message in turn) else None
+        messages = state["messages"]
+        for name, packed in held.items():
+            pending = Pending.unpacked(packed) if packed else None
+            at = _position(messages, pending.answer) if pending and pending.decided else None
+            if pending is None or at is None or at < self._history.said(messages).begin:
+                continue
+            # It stands where its refusal does, and is judged in the light of what came before that.
+            self._place, self._before = pending.answer.id, messages[:at]
+            if self._calls:
+                noted = pending.answer.response_metadata.get(BLOCKED_CALLS)
+                self._calls.emptied = noted if isinstance(noted, Mapping) else ()
+            self._messages = self._messages[: _position(self._messages, pending.answer)]
+            if name == self._name or self._is_approved(pending.answer):
+                self._said = pending.answer
+                # At once, as others may change it in place.
+                self._streamed = self._history.read(Again(pending.answer).streamed).nameless
 
-    def _held(self, refused: AIMessage) -> bytes | None:
+    def _is_approved(self, message: AIMessage) -> bool:
+        """Whether it is an answer on which a person has decided for this guard."""
+        if not self._place:
+            return False
+        if self._history.approval([*self._before, message], len(self._before)) in self._approved:
+            return True
+        return self._said is not None and self._history.read(message).nameless == self._streamed
+
+    def _pending(self, refused: AIMessage) -> bytes | None:
         """The answer that a refusal stands for, if a person is to decide on it."""
-        if self._on_block != "review" or not self._around.kept:
+        if self.kept is None or self.kept.answer is None:
             return None
-        refused.id = refused.id or str(uuid4())
-        answer = self._around.kept[-1].model_copy(update={"id": refused.id, "name": refused.name})
+        answer = self.kept.answer
+        answer = answer.model_copy(update={"id": refused.id, "name": refused.name or answer.name})
         structured = self._request.response_format is not None
         try:
-            return Pending(answer, refused.response_metadata["guardmw"], structured).packed()
+            return Pending(answer, refused.response_metadata["guardmw"], structured, self.kept.beside).packed()
         except TypeError:
             log.warning("a withheld answer holds an object that no checkpoint keeps, and nobody is asked about it")
             return None
@@ -399,9 +404,8 @@ class Asking:
         return not any(isinstance(message, AIMessage) and message.tool_calls for message in response.result)
 
 
-def refuses(message: BaseMessage) -> bool:
-    """Whether the message is a refusal of ours, or ends in one."""
-    return "guardmw" in message.response_metadata
+def _position(messages: Sequence[BaseMessage], answer: AIMessage) -> int | None:
+    return next((at for at, message in enumerate(messages) if message.id == answer.id), None)
 
 
 def instead(message: BaseMessage, tools: Collection[str] = (), text: str = WITHHELD) -> BaseMessage:
@@ -451,15 +455,3 @@ def _silenced(message: AIMessage) -> AIMessage:
         response_metadata=message.response_metadata,
         usage_metadata=message.usage_metadata,
     )
-
-
-def _merged(said: list[Any]) -> AIMessage:
-    """What a model said, in one message."""
-    if isinstance(said[0], ChatResult):
-        whole: Any = said[0].generations[0].message
-        return whole  # type: ignore[no-any-return]
-    merged: ChatGenerationChunk = said[0]
-    for chunk in said[1:]:
-        merged += chunk
-    message: Any = message_chunk_to_message(merged.message)
-    return message  # type: ignore[no-any-return]

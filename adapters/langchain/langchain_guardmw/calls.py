@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.messages import AIMessage, AIMessageChunk, message_chunk_to_message
@@ -13,7 +14,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_guardmw.parts import Beside, is_plain, spoken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 
     from langchain_core.messages import BaseMessage
     from langchain_core.tools import BaseTool
@@ -44,22 +45,22 @@ class Asked(NamedTuple):
     key: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ToolGuard:
     """Who judges the calls that an agent's model makes.
 
     Attributes:
         state: the agent's, by which others know whether their tools are meant.
-        tools: the names of those that the agent has.
-        answers: names of tools that are none, but structured output.
+        tools: gives the names of those that the agent has.
+        answers: gives names of tools that are none, but structured output.
         asking: what is to be judged of an answer, one for each of its calls.
         keep: is given the verdicts on what is left of them.
     """
 
     guard: Guard
     state: object
-    tools: frozenset[str]
-    answers: frozenset[str]
+    tools: Callable[[], frozenset[str]]
+    answers: Callable[[], frozenset[str]]
     asking: Callable[[AIMessage], list[Asked]]
     keep: Callable[[Sequence[Asked], Sequence[Verdict]], None]
 
@@ -73,19 +74,21 @@ class Calls:
 
     Attributes:
         reads: reads the answer, which others read too.
+        emptied: the ids of those that were blocked when it was said first: a verdict on what is left is none on them.
         judged: they have been, all of them.
         blocked: some of them have been.
     """
 
     by: ToolGuard
     reads: Reads
+    emptied: Collection[str] = ()
     judged: bool = field(default=False, init=False)
     blocked: bool = field(default=False, init=False)
 
     def run(self, run: Callable[[], ChatResult]) -> ChatResult:
         """A model's answer, without what is blocked of its calls."""
         result = run()
-        asked = self._asked(*(one.message for one in result.generations))
+        asked = self._asked(*[one.message for one in result.generations])
         if not asked:
             return result
         return self._settled(result, asked, self.by.guard.screen_many(_conversations(asked)))
@@ -93,7 +96,7 @@ class Calls:
     async def arun(self, run: Callable[[], Coroutine[Any, Any, ChatResult]]) -> ChatResult:
         """``run``, without blocking the event loop."""
         result = await run()
-        asked = self._asked(*(one.message for one in result.generations))
+        asked = self._asked(*[one.message for one in result.generations])
         if not asked:
             return result
         return self._settled(result, asked, await self.by.guard.ascreen_many(_conversations(asked)))
@@ -146,7 +149,8 @@ class Calls:
         if not isinstance(message, AIMessage) or not message.tool_calls:
             return []
         ids = {call["id"] for call in message.tool_calls if call["id"]}
-        structured = any(call["name"] in self.by.answers for call in message.tool_calls)
+        forms = self.by.answers()
+        structured = any(call["name"] in forms for call in message.tool_calls)
         calls = _calls_in(self.reads.read(message).parts)
         if structured or not len(ids) == len(message.tool_calls) == calls:
             return []
@@ -160,7 +164,11 @@ class Calls:
             if verdict.blocked
         }
         self.blocked = bool(blocked)
-        self.by.keep(self.by.asking(self._emptied(message, blocked)) if blocked else asked, verdicts)
+        asked = self.by.asking(self._emptied(message, blocked)) if blocked else asked
+        if self.emptied:
+            left = [call["id"] not in self.emptied for call in message.tool_calls]
+            asked, verdicts = list(compress(asked, left)), list(compress(verdicts, left))
+        self.by.keep(asked, verdicts)
         return blocked
 
     def _settled(self, result: ChatResult, asked: list[Asked], verdicts: Sequence[Verdict]) -> ChatResult:
@@ -201,6 +209,7 @@ class Calls:
     def _emptied(self, message: AIMessage, blocked: dict[str, Any]) -> AIMessage:
         """The message with nothing left of what is blocked but which call it was."""
         content: Any = message.content
+        tools = self.by.tools()
         if isinstance(content, list):
             content = [one for one in content if isinstance(one, str) or one.get("type") in _TEXTUAL]
         return AIMessage(
@@ -210,7 +219,7 @@ class Calls:
             usage_metadata=message.usage_metadata,
             tool_calls=[
                 # The name of no tool is the model's own text.
-                {**call, "name": call["name"] if call["name"] in self.by.tools else "tool", "args": {}}
+                {**call, "name": call["name"] if call["name"] in tools else "tool", "args": {}}
                 if call["id"] in blocked
                 else call
                 for call in message.tool_calls

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 
 from langchain_core.runnables.config import ContextThreadPoolExecutor
 from pydantic import ValidationError
@@ -169,6 +169,22 @@ class Gate:
         return Held(self.mode, stage=self.stage, leak=self.leak, context=context, calls=calls)
 
 
+class Source(Protocol):
+    """Where an answer comes from: it is given the call that would ask, and may answer in its place."""
+
+    def run(self, run: Callable[[], Any]) -> Any:  # noqa: ANN401 - the call's
+        """The whole answer."""
+
+    async def arun(self, run: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401 - the call's
+        """``run``, without blocking the event loop."""
+
+    def chunks(self, run: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """The answer as it comes."""
+
+    def achunks(self, run: Callable[[], AsyncIterator[Any]]) -> AsyncIterator[Any]:
+        """``chunks``, without blocking the event loop."""
+
+
 @dataclass(frozen=True, slots=True)
 class Around:
     """Judges what goes into a call before it runs or meanwhile, and what comes out, in its light, before it is seen.
@@ -181,12 +197,14 @@ class Around:
         input: when what goes in is judged. "parallel": nothing comes out before its verdict; a block cancels the call.
         output: whether what comes out is judged.
         calls: in what comes out, if they may have been judged elsewhere.
+        source: where it comes from, if not from the call alone.
     """
 
     gate: Gate
     input: Input = "before"
     output: bool = True
     calls: Calls | None = None
+    source: Source | None = None
 
     def __post_init__(self) -> None:
         if self.input not in _INPUTS:
@@ -195,9 +213,11 @@ class Around:
     def call(self, value: object, run: Callable[[], T], *, empty: T, context: Context | None = None) -> T:
         """What ``run`` returns, once judged; a refusal is made of ``empty`` where it returned nothing."""
         asked, before = self.read(value)
+        if self.source:
+            run = partial(self.source.run, run)
         try:
             try:
-                answer = self._begin(asked, (lambda: context.run(run)) if context else run)
+                answer = self._begin(asked, partial(context.run, run) if context else run)
             except ValueError as error:
                 failed = error
             else:
@@ -213,6 +233,8 @@ class Around:
     async def acall(self, value: object, run: Callable[[], Coroutine[Any, Any, T]], *, empty: T) -> T:
         """``call``; where it is judged meanwhile, the call is a task, which is awaited even where it is cancelled."""
         asked, before = self.read(value)
+        if self.source:
+            run = partial(self.source.arun, run)
         try:
             try:
                 answer = await self._abegin(asked, run)
@@ -233,7 +255,8 @@ class Around:
         self, value: object, run: Callable[[], Iterator[T]], *, empty: T, context: Context | None = None
     ) -> Iterator[T]:
         """The chunks of ``run()``, each once it has been judged; a refusal ends them, or is all there is."""
-        last, refused, failed, upstream = None, None, None, Upstream(run(), context=context)
+        answer = self.source.chunks(run) if self.source else run()
+        last, refused, failed, upstream = None, None, None, Upstream(answer, context=context)
         asked, before = self.read(value)
         try:
             try:
@@ -260,6 +283,8 @@ class Around:
         """``stream``; the chunks are read by a task, which is awaited even where it is cancelled."""
         last, refused, failed, upstream = None, None, None, None
         asked, before = self.read(value)
+        if self.source:
+            run = partial(self.source.achunks, run)
         try:
             try:
                 if self.input == "parallel":
@@ -308,7 +333,9 @@ class Around:
         return result
 
     def _begin(self, asked: list[Conversation], run: Callable[[], T]) -> T:
-        if self.input != "parallel":
+        if self.input == "off":
+            return run()
+        if self.input == "before":
             self._admit(asked)
             return run()
         # It is the judge that gets the thread: a model's stream stays in one, and the thread is gone with the verdict.
@@ -320,7 +347,9 @@ class Around:
                 judging.result()
 
     async def _abegin(self, asked: list[Conversation], run: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        if self.input != "parallel":
+        if self.input == "off":
+            return await run()
+        if self.input == "before":
             await self._aadmit(asked)
             return await run()
         calling = asyncio.create_task(run())
@@ -333,8 +362,7 @@ class Around:
             raise
 
     def _admit(self, asked: list[Conversation]) -> None:
-        if self.input != "off":
-            admit(self.gate.ready().screen_many(asked))
+        admit(self.gate.ready().screen_many(asked))
 
     async def _aadmit(self, asked: list[Conversation]) -> None:
         if self.input != "off":

@@ -85,9 +85,9 @@ class Reads:
         # Before it is read: what changes meanwhile has it read again.
         fields = _kept(message)
         found, turn = spoken(message)
-        trials = tuple(part.conversation for part in found)
-        read = Read(ref(message, lambda _: self._forget(at)), fields, _digest(trials), tuple(found), trials, turn)
-        self._reads[at] = read
+        trials = tuple([part.conversation for part in found])
+        own = ref(message, lambda _: self._forget(at))
+        read = self._reads[at] = Read(own, fields, _digest(trials), tuple(found), trials, turn)
         return read
 
     def _forget(self, at: int) -> None:
@@ -149,9 +149,9 @@ class History(Reads):
     def _step(self, said: Said, message: BaseMessage) -> Said:
         read = self.read(message)
         at = said.length
-        key = (*(earlier.digest for earlier in said.recent), read.digest)
-        context = tuple(earlier.turn for earlier in said.recent)
-        case = Case(at, key, tuple(within(context, conversation) for conversation in read.conversations))
+        key = (*[earlier.digest for earlier in said.recent], read.digest)
+        context = tuple([earlier.turn for earlier in said.recent])
+        case = Case(at, key, tuple([within(context, conversation) for conversation in read.conversations]))
         begin = at if read.turn.role == "user" else said.begin
         return Said(at + 1, begin, key, (*said.recent, read)[-CONTEXT_TURNS:], (*said.cases, *self._heard(case)))
 
@@ -180,7 +180,7 @@ class History(Reads):
 
     def context(self, messages: Sequence[BaseMessage]) -> tuple[Turn, ...]:
         """The turns in whose light is judged what follows these messages."""
-        return tuple(self.read(message).turn for message in messages[-CONTEXT_TURNS:])
+        return tuple([self.read(message).turn for message in messages[-CONTEXT_TURNS:]])
 
     def approval(self, messages: Sequence[BaseMessage], at: int) -> str:
         """What a person approves who approves one of these messages."""
@@ -265,7 +265,7 @@ class Trial:
 
     def passes(self, answer: BaseMessage) -> None:
         """Note that what follows the conversation has been judged."""
-        before = (read.digest for read in self._said.recent)
+        before = [read.digest for read in self._said.recent]
         self._history.remember((*before, self._history.read(answer).digest), None)
 
     def context(self) -> tuple[Turn, ...]:
@@ -321,7 +321,7 @@ def _digest(conversations: Sequence[Conversation], *, named: bool = True) -> byt
     for conversation in conversations:
         for turn in conversation.turns:
             # The lengths tell where a text ends; half of a surrogate pair is text too.
-            calls = [str(call) for call in turn.tool_calls]
+            calls = [str(call) for call in turn.tool_calls] if turn.tool_calls else []
             head = repr((turn.role, turn.name if named else "", turn.media, calls, len(turn.text)))
             digest.update((head + turn.text).encode(errors="surrogatepass"))
     return digest.digest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence  # noqa: TC003 - see below
 from contextvars import Context, copy_context
 from functools import cache, partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 # names are imported at run time.
 I = TypeVar("I")  # noqa: E741 - what goes in
 O = TypeVar("O")  # noqa: E741 - what comes out
+M = TypeVar("M", bound=BaseModel)
 
 # What langchain-core reads off a model. Its cache and its rate limiter stay with the inner model, whose calls they are
 # about: what comes from a cache is judged too.
@@ -59,6 +61,7 @@ _SHARED = (
     "disable_streaming",
     "custom_get_token_ids",
 )
+_shared = attrgetter(*_SHARED)
 _NOTHING = ChatResult(generations=[ChatGeneration(message=AIMessage(""))])
 _NO_CHUNK = ChatGenerationChunk(message=AIMessageChunk(content=""))
 
@@ -153,7 +156,8 @@ class GuardedModel(BaseChatModel):
         around = self.around.wants_object() if tools and all(map(_is_form, tools)) else self.around
         if isinstance(bound, RunnableBindingBase) and bound.bound is self.inner:
             # As _guarded() does, with no second model around the inner one.
-            return bound.model_copy(update={"bound": self.model_copy(update={"around": around})})
+            guarded = self if around is self.around else _changed(self, around=around)
+            return _changed(bound, bound=guarded)
         return _guarded(bound, around)
 
     def with_structured_output(  # noqa: D102
@@ -378,7 +382,19 @@ def stand_in(inner: Runnable[LanguageModelInput, AIMessage], around: Around) -> 
     """
     if not isinstance(inner, BaseChatModel):
         return _answering(inner, around)
-    return _blank().model_copy(update={**_of(inner), "inner": inner, "around": around})
+    return _changed(_blank(), **_of(inner), inner=inner, around=around)
+
+
+def _changed(model: M, **changes: Any) -> M:  # noqa: ANN401 - its fields
+    """As ``model_copy``, for which an agent's turn is too short."""
+    made: M = object.__new__(type(model))
+    put = object.__setattr__
+    put(made, "__dict__", {**model.__dict__, **changes})
+    extra, private = model.__pydantic_extra__, model.__pydantic_private__
+    put(made, "__pydantic_extra__", dict(extra) if extra else extra)
+    put(made, "__pydantic_fields_set__", {*model.__pydantic_fields_set__, *changes})
+    put(made, "__pydantic_private__", dict(private) if private else private)
+    return made
 
 
 @cache
@@ -388,7 +404,7 @@ def _blank() -> GuardedModel:
 
 def _of(inner: BaseChatModel) -> dict[str, Any]:
     """What a guarded model has of the inner one, and a cache of its own, which is none."""
-    return {name: getattr(inner, name) for name in _SHARED} | {"cache": False}
+    return {**dict(zip(_SHARED, _shared(inner), strict=True)), "cache": False}
 
 
 def _guarded(runnable: Runnable[I, O], around: Around) -> Runnable[I, O]:

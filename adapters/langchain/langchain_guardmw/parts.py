@@ -170,19 +170,22 @@ def unsaid(value: object, said: Iterable[str]) -> list[Part]:
 
 def is_plain(message: BaseMessage) -> bool:
     """Whether it says nothing but one text, in its name and its role."""
+    # Asked for at every turn of an agent, again and again: of the usual classes only what they have.
     fields = message.__dict__
-    return not (
-        type(fields["content"]) is not str
-        or fields["additional_kwargs"]
-        or fields.get("tool_calls")
-        or fields.get("artifact") is not None
-        or fields.get("invalid_tool_calls")
+    if type(fields["content"]) is not str or fields["additional_kwargs"] or message.__pydantic_extra__:
+        return False
+    if (id_ := fields.get("id")) is not None and not is_mark(id_):
+        return False
+    kind = type(message)
+    if kind is HumanMessage:
+        return True
+    if fields.get("tool_calls") or fields.get("invalid_tool_calls"):
+        return False
+    return kind is AIMessage or not (
+        fields.get("artifact") is not None
         or fields.get("tool_call_chunks")
         or not is_role(fields.get("role", "user"))
-        # Asked for at every turn of an agent, and mostly there is none or one.
-        or ((id_ := fields.get("id")) is not None and not is_mark(id_))
-        or ((id_ := fields.get("tool_call_id")) is not None and not is_mark(id_))
-        or message.__pydantic_extra__
+        or not is_mark(fields.get("tool_call_id"))
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired, Self, cast
@@ -48,7 +49,7 @@ _REMEMBERED = 4_096
 
 
 class NotedState(AgentState[Any]):
-    """What a guard of tools keeps in the agent's state, where nothing that goes into a run can put it.
+    """What a guard of tools keeps in the agent's state, where no input can put it; who may write the state can.
 
     Attributes:
         guardmw_noted: what rules have to know of messages that others may take out of the history.
@@ -177,8 +178,8 @@ class ToolGuardMiddleware(AgentMiddleware[Any, Any, Any]):
             for one, verdict in zip(asked, verdicts, strict=True):
                 self._desk.expect(one, verdict)
 
-        answers = _structured_names(request.response_format)
-        return ToolGuard(guard, request.state, names_of(request.tools), answers, asking, keep)
+        tools, answers = partial(names_of, request.tools), partial(_structured_names, request.response_format)
+        return ToolGuard(guard, request.state, tools, answers, asking, keep)
 
     def _route(self, guard: Guard, request: ToolCallRequest) -> Route:
         """Yields what is to be judged, and the call to make, if any."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from langchain_core.messages import ToolMessage
 from langchain_core.messages.tool import ToolOutputMixin
-from langchain_core.tools import BaseTool
+from langchain_core.tools import BaseTool, StructuredTool, Tool
 
 from guardmw import Blocked, Conversation, ToolCall, Turn
 from langchain_guardmw.gate import Gate, admit, as_guard
@@ -206,7 +206,8 @@ def _guarded(kind: type[BaseTool]) -> type[Any]:
         admit(guard.screen_many(self._answers(response)))
         return response
 
-    @wraps(own_arun)
+    # langchain-core's own runs the other in a thread.
+    @wraps(own_run if own_arun is BaseTool._arun else own_arun)  # noqa: SLF001 - what is overridden
     async def _arun(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         guard = await self._gate.aready()
         token = _judged.set(self)
@@ -222,10 +223,10 @@ def _guarded(kind: type[BaseTool]) -> type[Any]:
         admit(await guard.ascreen_many(self._answers(response)))
         return response
 
-    body: dict[str, Any] = {"__annotations__": {"_gate": Any}, "__module__": __name__, "_run": _run}
-    # langchain-core's own runs the other in a thread.
-    if own_arun is not BaseTool._arun:  # noqa: SLF001 - what is overridden
-        body["_arun"] = _arun
+    body: dict[str, Any] = {"__annotations__": {"_gate": Any}, "__module__": __name__, "_run": _run, "_arun": _arun}
+    # Those of functions have all of it done in a thread, judging too, where nobody could cancel it.
+    if kind.ainvoke in (StructuredTool.ainvoke, Tool.ainvoke):
+        body["ainvoke"] = BaseTool.ainvoke
     return type(f"Guarded{kind.__name__}", (_Guarded, kind), body)
 
 

@@ -987,7 +987,7 @@ def test_a_person_decides_on_structured_output(run: Run, strategy: Any, tools: A
         expected = Answer(text="Bread.")
     assert state.values.get("structured_response") == expected
     assert (len(model._asked), state.next, state.interrupts) == (1, (), ())
-    assert state.values.get("guardmw_held") is None
+    assert not state.values.get("guardmw_held")
     if decision in ("reject", 7):
         assert texts(agent)[-1].endswith(REFUSAL)
 
@@ -1036,6 +1036,33 @@ def test_a_person_decides_where_others_add_messages(run: Run, first: bool, decis
     assert texts(agent) == ["Hello.", answer, "By the way."]
 
 
+@EVERY_RUN
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("on_block", ["end", "replace"])
+@pytest.mark.parametrize("question", ["Hello.", "An EVIL question"])
+def test_a_run_that_is_over_does_not_go_on(run: Run, first: bool, on_block: Any, question: str) -> None:
+    """Where LangChain forgets that it is, behind another middleware's node: nobody is asked again, and it is told."""
+
+    class After(AgentMiddleware[Any, Any, Any]):
+        def after_model(self, state: Any, runtime: Any) -> None:
+            """Nothing."""
+
+    given = "EVIL" if question == "Hello." or on_block == "replace" else "milk"
+    model = Fake.saying(call(given, "Answer"), call("milk", "Answer"))
+    others = [After(), GuardMiddleware(Witness(), on_block=on_block)]
+    agent = agent_of(model, *(others if first else others[::-1]), tools=[], response_format=ToolStrategy(Answer))
+    blocked = outcome(run, agent, said(question))
+    assert blocked is not None
+    stage = "tool_call" if given == "EVIL" else "input"
+    assert (blocked.verdict.stage, blocked.verdict.violations[0].rule) == (stage, "unsafe")
+    assert len(model._asked) == (given == "EVIL")
+    assert texts(agent) == [question if question == "Hello." else WITHHELD, texts(agent)[-1]]
+    assert texts(agent)[-1].endswith(REFUSAL)
+    model._answers = iter([call("milk", "Answer")])
+    run(agent, said("And now?"), lambda _: None)
+    assert agent.get_state(THREAD).values["structured_response"] == Answer(text="milk")
+
+
 @BOTH
 def test_nobody_is_asked_where_the_refusal_is_gone(run: Run) -> None:
     """Whoever took it out has left no place for an answer."""
@@ -1047,7 +1074,7 @@ def test_nobody_is_asked_where_the_refusal_is_gone(run: Run) -> None:
     agent = agent_of(Fake.saying(UNSAFE), GuardMiddleware(Witness(), on_block="review"), Removing())
     run(agent, said("Hello."), lambda _: None)
     assert texts(agent) == ["Hello.", "Another."]
-    assert agent.get_state(THREAD).values["guardmw_held"] is None
+    assert not agent.get_state(THREAD).values["guardmw_held"]
 
 
 class Raw(Fake):

@@ -11,13 +11,15 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from hashlib import blake2b
 from inspect import iscoroutinefunction
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import langchain_guardmw
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models import BaseChatModel, FakeMessagesListChatModel
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -36,6 +38,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command
 from langsmith import tracing_context
 
+import guardmw
 from guardmw import Conversation, Guard, Policy, Scores
 from guardmw.testing import KeywordBackend
 
@@ -593,6 +596,30 @@ def test_a_turn_calls_no_more_functions_the_longer_the_conversation_is(run: Run,
     assert len(turns) == 25
     # One that LangChain calls for a message or two may come a turn later; a history's would be dozens.
     assert max(turns[10:]) - min(turns[10:]) <= 5
+
+
+def test_a_turn_calls_few_functions() -> None:
+    """Nothing is copied, looked up or read again that need not be; 206 were counted, on Python 3.11."""
+    own = tuple(str(Path(module.__file__ or "").parent) for module in (guardmw, langchain_guardmw))
+    count = 0
+
+    def profile(frame: Any, event: str, _: object) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(own)
+
+    judge = Guard(Witness())
+    model = FakeMessagesListChatModel(responses=[AIMessage("Fine.")])
+    agent: Any = create_agent(model, [], middleware=[ToolGuardMiddleware(judge), GuardMiddleware(judge)])
+    agent.invoke(GIVEN)
+    before = sys.getprofile()
+    gc.disable()
+    sys.setprofile(profile)
+    try:
+        agent.invoke({"messages": [HumanMessage("Another question.")]})
+    finally:
+        sys.setprofile(before)
+        gc.enable()
+    assert 100 < count <= 218, count
 
 
 @pytest.mark.parametrize("run", [invoke, ainvoke, stream, astream])
