@@ -310,6 +310,8 @@ class _Kitchen:
         before = asked.unread
         scores = asked.scores([row.conversation for row in self._sides.reported])
         unread = asked.unread - before
+        if unread == len(self._sides.reported):
+            self._say("not one answer can be read, so that all is taken for unsafe: this is no guard. Train it longer")
         benches = {
             name: measure.figures(some, asked.scores([row.conversation for row in some]))
             for name, some in self._benchmarks().items()
