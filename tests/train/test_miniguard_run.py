@@ -274,6 +274,20 @@ def test_rows_of_one_label_are_refused(base: Path, tmp_path: Path, capsys: pytes
     assert "training needs both" in capsys.readouterr().err
 
 
+def test_rows_of_which_one_label_is_too_long_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a teacher is paid for them."""
+    from guardmw.train.miniguard.chat import Chat
+
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"{i} bread,safe\n{i} {'evil ' * 300},unsafe\n" for i in range(60)))
+    form = {"max_tokens": Chat(str(base)).least + 60}
+    assert train(recipe(tmp_path, path, base, form=form), tmp_path / "run") == 2
+    assert f"within form.max_tokens ({form['max_tokens']}) there are 0 unsafe" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tune").exists()
+
+
 def test_scores_do_not_depend_on_the_batch(base: Path) -> None:
     """Nor on what other questions begin with."""
     from guardmw.train.miniguard.ask import Asked

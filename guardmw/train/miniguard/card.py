@@ -66,7 +66,7 @@ def page(card: Mapping[str, Any]) -> str:
         "No row of a family that was trained on; at even odds, from the half on which nothing was chosen or fitted.",
         figures({"all": metrics["held_out"]}, ("rows", "unsafe", "macro_f1", "f1", "recall", "fpr", "auprc", "ece")),
         f"Answers that could not be read, and count as unsafe: {metrics['unread']}."
-        + (" It is no guard." if metrics["unread"] == metrics["held_out"]["rows"] else ""),
+        + (" It is no guard." if metrics["unread"] >= metrics["held_out"]["rows"] else ""),
     ]
     if bench:
         parts += [

@@ -36,7 +36,7 @@ class Form(Part):
             prompt's own words take 400 to 500.
     """
 
-    rows: Count | None = None
+    rows: Annotated[int, Field(ge=2)] | None = None
     max_tokens: Annotated[int, Field(ge=64)] = 1536
 
 

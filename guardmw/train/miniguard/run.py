@@ -17,7 +17,7 @@ from guardmw.errors import DataError, GuardmwError
 from guardmw.evaluate import calibrate, page, rows
 from guardmw.evaluate.rows import key
 from guardmw.train import llm, split, telling
-from guardmw.train.ingest import by_file, check
+from guardmw.train.ingest import both_labels, by_file, check
 from guardmw.train.miniguard import ablate, card, form, measure, network, quantise, reason, room, soup, target, tune
 from guardmw.train.miniguard.ablate import Step
 from guardmw.train.miniguard.ask import Asked
@@ -150,6 +150,7 @@ class _Kitchen:
     def __init__(self, recipe: Recipe, out: Path, chat: Chat, sides: _Sides, say: Say) -> None:
         self._recipe, self._out, self._chat, self._sides, self._say = recipe, out, chat, sides, say
         self._lessons: list[Lesson] = []
+        self._short: set[str] = set()
         self._more: list[Lesson] = []
         self._added: list[Row] = []
         self._told: dict[str, dict[str, Any]] = {"reason": {}, "target": {}, "soup": {}, "quantised": {}}
@@ -158,8 +159,11 @@ class _Kitchen:
 
     def form(self) -> None:
         """Rows become conversations."""
-        sides = self._sides
+        sides, most = self._sides, self._recipe.form.max_tokens
         self._lessons = form.lessons(sides.training)
+        short = [lesson for lesson in self._lessons if len(self._chat.encode(lesson).ids) <= most]
+        both_labels(short, f"within form.max_tokens ({most}) there are")
+        self._short = {lesson.key for lesson in short}
 
         def make(folder: Path) -> dict[str, Any]:
             held_out = form.lessons([*sides.watched, *sides.reported], sides.training)
@@ -178,11 +182,7 @@ class _Kitchen:
             return
 
         # What is too long to be learnt would be paid for in vain.
-        most = self._recipe.form.max_tokens
-        short = {lesson.key for lesson in self._lessons if len(self._chat.encode(lesson).ids) <= most}
-        given = [row for row in form.drawn(self._sides.training, settings.rows) if key(row) in short]
-        if not given:
-            raise DataError("form.max_tokens leaves no row to train on: raise it")
+        given = [row for row in form.drawn(self._sides.training, settings.rows) if key(row) in self._short]
 
         def make(folder: Path) -> dict[str, Any]:
             return reason.reason(given, settings, folder, self._say)[1]
@@ -310,7 +310,7 @@ class _Kitchen:
         before = asked.unread
         scores = asked.scores([row.conversation for row in self._sides.reported])
         unread = asked.unread - before
-        if unread == len(self._sides.reported):
+        if unread >= len(self._sides.reported):
             self._say("not one answer can be read, so that all is taken for unsafe: this is no guard. Train it longer")
         benches = {
             name: measure.figures(some, asked.scores([row.conversation for row in some]))
