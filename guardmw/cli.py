@@ -686,6 +686,7 @@ def _settings(policy: Policy) -> dict[str, Any]:
 
 def _serve_model(args: argparse.Namespace) -> int:
     from guardmw.backends import _command  # noqa: PLC0415 - only this command needs it
+    from guardmw.backends._artefact import told_dialect  # noqa: PLC0415
 
     made = _command.command(args.model, _command.gpu(), host=args.host, port=args.port)
     if args.run:
@@ -693,7 +694,9 @@ def _serve_model(args: argparse.Namespace) -> int:
     for reason in made.why:
         print(f"# {reason}")
     print(shlex.join([*(f"{name}={value}" for name, value in made.environment.items()), *made.words]))
-    print(f"# then: --backend vllm:http://{args.host}:{args.port}/v1#{_command.served(args.model)}")
+    dialect = told_dialect(Path(args.model))
+    asked = f"?dialect={dialect}" if dialect else ""
+    print(f"# then: --backend vllm:http://{args.host}:{args.port}/v1#{_command.served(args.model)}{asked}")
     return 0
 
 

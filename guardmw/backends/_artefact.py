@@ -93,6 +93,17 @@ def read(folder: Path, *, graph: str | None = None) -> Artefact:
     )
 
 
+def told_dialect(folder: Path) -> str | None:
+    """How a model that writes its verdicts is asked, by its card; None without a card, or one that tells.
+
+    Raises:
+        ArtefactError: the card is broken.
+    """
+    card = folder / CARD
+    told = _json(card).get("dialect") if card.is_file() else None
+    return told if isinstance(told, str) else None
+
+
 def _one_of(folder: Path, names: Sequence[str]) -> Path:
     for name in names:
         if (folder / name).is_file():

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 import vllm
 
 from guardmw import dialects
-from guardmw.backends import _prompts, _rounds
+from guardmw.backends import _artefact, _prompts, _rounds
 from guardmw.dialects import Reply, Token
 from guardmw.errors import ArtefactError, BackendError, nearest
 
@@ -33,7 +33,7 @@ class EngineBackend:
 
     Args:
         model: a local folder, or OWNER/NAME of the Hugging Face hub.
-        dialect: how it is asked, as an object or by name; by default what its name says.
+        dialect: how it is asked, as an object or by name; by default what its folder's card says, or else its name.
         name: what verdicts call it; by default its folder's or its own.
         options: more arguments of ``vllm.LLM``: quantization, gpu_memory_utilization, max_model_len, revision, …
 
@@ -51,6 +51,7 @@ class EngineBackend:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name or (Path(model).resolve().name if Path(model).is_dir() else model)
+        dialect = dialect or _artefact.told_dialect(Path(model))
         self._dialect = dialects.named(dialect) if isinstance(dialect, str) else dialect or dialects.of_model(model)
         try:
             self._engine = vllm.LLM(model, **dict(options or {}))

@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 from guardmw import dialects
-from guardmw.backends import _prompts, _rounds
+from guardmw.backends import _artefact, _prompts, _rounds
 from guardmw.dialects import Reply, Token
 from guardmw.errors import ArtefactError, BackendError, BackendUnavailable, nearest
 from guardmw.taxonomy import CATEGORIES
@@ -45,7 +46,7 @@ class GenerativeBackend:
 
     Args:
         model: a local folder, or OWNER/NAME of the Hugging Face hub.
-        dialect: how it is asked, as an object or by name; by default what its name says.
+        dialect: how it is asked, as an object or by name; by default what its folder's card says, or else its name.
         name: what verdicts call it; by default its folder's or its own.
         revision: of the hub: a commit, or a tag that does not move.
         device: of torch: "cpu", "cuda", …; by default cuda where there is one.
@@ -67,6 +68,7 @@ class GenerativeBackend:
         batch_size: int = 8,
     ) -> None:
         self.name = name or _named(model)
+        dialect = dialect or _artefact.told_dialect(Path(model))
         self._dialect = dialects.named(dialect) if isinstance(dialect, str) else dialect or dialects.of_model(model)
         self._loaded = _load(transformers.AutoModelForCausalLM, model, revision, device, batch_size)
         self._loaded.tokenizer.padding_side = "left"

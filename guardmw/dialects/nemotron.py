@@ -178,6 +178,40 @@ def answer(verdicts: Mapping[Speaker, bool], kinds: Iterable[str] = ()) -> str:
     return json.dumps(said | ({"Safety Categories": listed} if listed else {}))
 
 
+def taught(prompt: str, said: str) -> dict[str, str] | None:
+    """What a lesson in this family's form tells, as Nemotron's own data set has it; None where it is of another form.
+
+    Args:
+        prompt: the whole of it.
+        said: the answer, after a thought or without one.
+
+    Returns:
+        ``prompt``, ``prompt_label`` and ``violated_categories``; ``response`` and ``response_label`` where an answer is
+        on trial too.
+    """
+    spoken = prompt.partition("<BEGIN CONVERSATION>")[2].rpartition("<END CONVERSATION>")[0].strip()
+    try:
+        told = json.loads(said.rpartition("</think>")[2])
+    except (ValueError, RecursionError):
+        return None
+    label, opened, between = "User Safety", _SAYS["user"].format("").strip(), f"\n\n{_SAYS['assistant'].format('')}"
+    if not isinstance(told, dict) or label not in told or not spoken.startswith(opened):
+        return None
+    found = {"prompt": spoken.removeprefix(opened), "prompt_label": told[label]}
+    if _FIELD["assistant"] in told:
+        question, _, response = found["prompt"].partition(between)
+        found |= {"prompt": question, "response": response, "response_label": told[_FIELD["assistant"]]}
+    # A turn more, or words that look like one: who said what cannot be told.
+    if any(between in found.get(name, "") for name in ("prompt", "response")):
+        return None
+    found["violated_categories"] = told.get("Safety Categories", "")
+    return {name: value.strip() for name, value in found.items()} if all(map(_is_text, found.values())) else None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def _whole(dialect: str, reply: Reply) -> str:
     """The text of an answer, if it is a whole object."""
     # At the limit, but with all that was asked for, is not cut.

@@ -100,6 +100,7 @@ class Kinds(Part):
 
     Attributes:
         column: holds a kind, a list of kinds, or an object of kinds and whether they apply.
+        separator: what stands between several kinds in one text.
         named: our categories for each of the set's own; with none, a kind that we do not have.
         columns: instead, our categories for each column that says so by a number.
         at_least: the number from which on it does.
@@ -107,6 +108,7 @@ class Kinds(Part):
     """
 
     column: str | None = None
+    separator: str = ""
     named: Mapping[str, tuple[Category, ...]] = {}
     columns: Mapping[str, tuple[Category, ...]] = {}
     at_least: float = 0.5
@@ -136,7 +138,10 @@ class Kinds(Part):
                 if (value := _value(record, name)) is not None and _number(name, value) >= self.at_least
             ]
         else:
-            held = [self._ours(kind) for kind in _kinds(_value(record, self.column), self.column)]
+            value = _value(record, self.column)
+            if self.separator and isinstance(value, str):
+                value = [kind.strip() for kind in value.split(self.separator) if kind.strip()]
+            held = [self._ours(kind) for kind in _kinds(value, self.column)]
         return {category for ours in held for category in ours}
 
     def _ours(self, kind: str) -> tuple[Category, ...]:
@@ -183,6 +188,7 @@ class Columns(Part):
         label: "safe" or "unsafe" where all records are, else how to read it.
         attack: "jailbreak" or "prompt_injection"; it counts for unsafe records only.
         where: only records whose columns hold these values.
+        unless: and none of these.
         weak: the labels are by construction or by machine.
     """
 
@@ -196,6 +202,7 @@ class Columns(Part):
     id: str | None = None
     confidence: str | None = None
     where: Mapping[str, Value] = {}
+    unless: Mapping[str, Value] = {}
     weak: bool = False
     empty: Literal["error", "skip"] = "error"
 
@@ -216,6 +223,7 @@ class Columns(Part):
             *(self.label.columns if isinstance(self.label, Label) else ()),
             *(self.categories.read if isinstance(self.categories, Kinds) else ()),
             *self.where,
+            *self.unless,
         )
         return tuple(dict.fromkeys(named))
 
@@ -233,6 +241,8 @@ class Columns(Part):
             DataError, ConversationError: a column is missing, or does not hold what the map says.
         """
         if any(_plain(_value(record, name)) != _plain(value) for name, value in self.where.items()):
+            return None
+        if any(_plain(_value(record, name)) == _plain(value) for name, value in self.unless.items()):
             return None
         unsafe = self.label == "unsafe" if isinstance(self.label, str) else self.label.of(record)
         if unsafe is None:

@@ -10,11 +10,13 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from guardmw.dialects import nemotron
 from guardmw.errors import DataError, GuardmwError, nearest
 from guardmw.evaluate.columns import Choice, Columns, Kinds, Label
+from guardmw.taxonomy import categories_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from guardmw.evaluate.columns import Record
     from guardmw.evaluate.rows import Row
@@ -48,6 +50,7 @@ class PublicSet:
         columns: the rows that one record makes, one for each map.
         splits: by our names for them: train, and test for what is measured on. A benchmark has test only.
         gated: its owners want to be asked first.
+        unfold: makes of a record one that has such columns; None where it has them.
     """
 
     id: str
@@ -56,6 +59,7 @@ class PublicSet:
     columns: tuple[Columns, ...]
     splits: Mapping[str, Split] = field(default_factory=lambda: {"test": Split("test")})
     gated: bool = False
+    unfold: Callable[[Record], Record] | None = None
 
 
 _WILDGUARD_KINDS = Kinds(
@@ -175,7 +179,64 @@ _PROMPT_UNSAFE = Columns(text="prompt", label="unsafe")
 # The owners' second upload; the full commit of the first could not be established.
 _ORBENCH = ("orbench-llm/or-bench", "6f776f103b6439a6d8180b20f64b55f491223233", "CC-BY-4.0")
 
+# The kinds are those of both turns. Prompts that may not be passed on are "REDACTED".
+_NEMOTRON_KINDS = Kinds(
+    column="violated_categories",
+    separator=",",
+    named={name: categories_of(name) or () for name in nemotron.CATEGORIES},
+    unknown="none",
+)
+_NEMOTRON: Mapping[str, Any] = {
+    "categories": _NEMOTRON_KINDS,
+    "where": {"language": "en"},
+    "unless": {"prompt": "REDACTED"},
+    "empty": "skip",
+}
+_NEMOTRON_TURNS = (
+    Columns(text="prompt", label=Label(column="prompt_label", unlabelled="skip"), **_NEMOTRON),
+    Columns(
+        text="response",
+        role="assistant",
+        context="prompt",
+        label=Label(column="response_label", unlabelled="skip"),
+        **_NEMOTRON,
+    ),
+)
+
+
+def _lesson(record: Record) -> Record:
+    """Of MiniGuard's training data, what its prompt and answer tell; nothing where they are of another form."""
+    said = record.get("conversations")
+    if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
+        raise DataError("no column 'conversations' of role/content objects")
+    told = nemotron.taught(*(str(turn.get("content")) for turn in said)) if len(said) == 2 else None  # noqa: PLR2004
+    fields = ("prompt", "prompt_label", "response", "response_label", "violated_categories")
+    return {**dict.fromkeys(fields), "language": record.get("language"), **(told or {})}
+
+
 SETS: Mapping[str, PublicSet] = {
+    # Splits besides train were seen with one loader only.
+    "nemotron_safety_guard": PublicSet(
+        "nvidia/Nemotron-Safety-Guard-Dataset-v3",
+        "",
+        "CC-BY-4.0",
+        _NEMOTRON_TURNS,
+        {name: Split(name) for name in ("train", "validation", "test")},
+    ),
+    # Its licence is not stated. Spelling and spaces of its prompts could not be seen.
+    "miniguard": PublicSet(
+        "prem-research/MiniGuard-Safety-Dataset",
+        "",
+        "",
+        _NEMOTRON_TURNS,
+        {
+            "train": Split("train_en"),
+            "thinking": Split("train_thinking_en"),
+            "synthetic": Split("train_synthetic"),
+            "test": Split("validation_en"),
+        },
+        unfold=_lesson,
+    ),
     "wildguardmix": PublicSet(
         "allenai/wildguardmix",
         _WILDGUARD_REVISION,
@@ -385,7 +446,8 @@ def read(given: PublicSet, split: Split, *, source: str) -> Iterator[Row]:
     count = 0
     for number, record in enumerate(records(given, split), 1):
         try:
-            made = [columns.row(record, source=source, license=given.license) for columns in given.columns]
+            told = given.unfold(record) if given.unfold else record
+            made = [columns.row(told, source=source, license=given.license) for columns in given.columns]
         except GuardmwError as error:
             raise DataError(f"{given.id}, record {number}: {error}") from None
         found = [row for row in made if row is not None]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Protocol, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -145,6 +145,14 @@ Source = Annotated[_Either, BeforeValidator(_spelled_out)]
 Benchmark = Annotated[_Either, BeforeValidator(_as_benchmark)]
 
 
+class Labelled(Protocol):
+    """A row, or what was made of one."""
+
+    @property
+    def unsafe(self) -> bool:
+        """Its label."""
+
+
 class Ingest(Part):
     """What is trained on.
 
@@ -170,7 +178,7 @@ def ingest(settings: Ingest) -> list[Row]:
     return found
 
 
-def both_labels(given: Iterable[Row], held: str) -> None:
+def both_labels(given: Iterable[Labelled], held: str) -> None:
     """Raise a DataError, which begins with ``held``, where rows are not of both labels: nothing is learnt from one."""
     labels = Counter(row.unsafe for row in given)
     if not labels[True] or not labels[False]:

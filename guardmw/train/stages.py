@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import sys
@@ -33,11 +34,16 @@ LOG = "train.log"
 ROWS = "rows.jsonl.gz"
 REPORT = "report.json"
 SETTINGS = "settings.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def log(out: Path) -> Iterator[Say]:
-    """Says lines on the screen and in a folder's train.log; the folder is made."""
+    """Says lines on the screen and in a folder's train.log; the folder is made.
+
+    Raises:
+        GuardmwError: the disk is full.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOG).open("a", encoding="utf-8") as file:
 
@@ -46,7 +52,14 @@ def log(out: Path) -> Iterator[Say]:
             for stream in (sys.stderr, file):
                 print(stamped, file=stream, flush=True)
 
-        yield say
+        try:
+            yield say
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise GuardmwError(
+                f"{out}: the disk is full. What is whole there is kept: make room, and run the same command again"
+            ) from None
 
 
 class Line:

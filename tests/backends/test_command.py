@@ -119,6 +119,19 @@ def test_a_folder_is_served_by_its_name(
     assert capsys.readouterr().out.endswith("/v1#miniguard\n")
 
 
+def test_what_a_folder_says_of_its_dialect_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its card, where its name does not."""
+    monkeypatch.setattr(_command, "gpu", lambda: None)
+    (tmp_path / "card.json").write_text('{"name": "mine", "dialect": "nemotron"}', encoding="utf-8")
+    assert main(["serve-model", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(f"/v1#{tmp_path.name}?dialect=nemotron\n")
+    (tmp_path / "card.json").write_text("{", encoding="utf-8")
+    assert main(["serve-model", str(tmp_path)]) == 2
+    assert "card.json" in capsys.readouterr().err
+
+
 def test_settings_that_a_model_brings_do_not_bend_its_answers() -> None:
     """Such as a punishment of words that stand in the prompt already, as those of a verdict do."""
     words = command(MODEL, H100).words

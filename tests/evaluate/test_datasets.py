@@ -20,6 +20,29 @@ if TYPE_CHECKING:
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # One record of each set: the columns that its card or public loaders show, with a mild text.
 RECORDS: dict[str, dict[str, Any]] = {
+    "nemotron_safety_guard": {
+        "id": "1",
+        "prompt": "p",
+        "prompt_label": "unsafe",
+        "response": "r",
+        "response_label": "safe",
+        "violated_categories": "Violence, Needs Caution",
+        "language": "en",
+    },
+    "miniguard": {
+        "conversations": [
+            {
+                "role": "user",
+                "content": "<BEGIN CONVERSATION>\n\nuser: p\n\nresponse: agent: r\n\n<END CONVERSATION>\n",
+            },
+            {
+                "role": "assistant",
+                "content": '<think>\nWhy.\n</think>\n\n{"User Safety": "unsafe", "Response Safety": "safe", '
+                '"Safety Categories": "Violence, Needs Caution"}',
+            },
+        ],
+        "language": "en",
+    },
     "wildguardmix": {
         "prompt": "p",
         "adversarial": True,
@@ -111,10 +134,43 @@ def test_every_record_is_of_a_known_set() -> None:
 def test_known_sets_are_pinned() -> None:
     """To a commit, and if not, whoever reads one has to name it."""
     assert {name for name, known in SETS.items() if not re.fullmatch("[0-9a-f]{40}", known.revision)} == {
-        "xstest_response"
+        "xstest_response",
+        "nemotron_safety_guard",
+        "miniguard",
     }
     with pytest.raises(DataError, match=r"allenai/xstest-response needs a revision.*none is known"):
         datasets.load("hub:xstest_response")
+
+
+@pytest.mark.parametrize("name", ["nemotron_safety_guard", "miniguard"])
+def test_nemotron_s_records_tell_of_question_and_answer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As they are published, and in the form of MiniGuard's lessons."""
+    fake(monkeypatch, [RECORDS[name]])
+    question, answer = datasets.load(f"hub:{name}:train@{COMMIT}")
+    assert (question.conversation.last.text, question.unsafe, question.categories) == ("p", True, {"violence"})
+    assert (answer.conversation.last.text, answer.unsafe, answer.categories) == ("r", False, frozenset())
+    assert answer.conversation.context[0].text == "p"
+
+
+def test_other_languages_and_what_is_not_passed_on_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The word in its place is no text."""
+    whole = RECORDS["nemotron_safety_guard"]
+    alone = whole | {"response": None, "response_label": None, "prompt": "mine"}
+    fake(monkeypatch, [whole | {"language": "de"}, whole | {"prompt": "REDACTED"}, alone])
+    [found] = datasets.load(f"hub:nemotron_safety_guard@{COMMIT}")
+    assert found.conversation.last.text == "mine"
+
+
+def test_lessons_of_another_form_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not is an error."""
+    whole = RECORDS["miniguard"]
+    [prompt, said] = whole["conversations"]
+    odd = [[prompt], [prompt, {"role": "assistant", "content": "unsafe"}], [{"role": "user", "content": "p"}, said]]
+    fake(monkeypatch, [*({**whole, "conversations": one} for one in odd), whole])
+    assert len(datasets.load(f"hub:miniguard@{COMMIT}")) == 2
+    fake(monkeypatch, [{"conversations": "p", "language": "en"}])
+    with pytest.raises(DataError, match="record 1: no column 'conversations'"):
+        datasets.load(f"hub:miniguard@{COMMIT}")
 
 
 def test_one_record_may_make_two_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from guardmw import dialects
 from guardmw.dialects import Reply
-from guardmw.dialects.nemotron import CATEGORIES, Nemotron
+from guardmw.dialects.nemotron import CATEGORIES, Nemotron, taught
 from guardmw.evaluate.rows import Row, row
 from guardmw.train.miniguard import form
 
@@ -101,6 +101,38 @@ def test_rows_are_drawn_by_what_they_say_half_of_each_label(unsafe: int, safe: i
     assert sum(row.unsafe for row in chosen) == drawn
     assert len(chosen) == min(most, unsafe + safe)
     assert form.drawn(some[::-1], most) == chosen[::-1]
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_what_is_written_is_read_as_what_it_was(role: str) -> None:
+    """By the reader of MiniGuard's own data set."""
+    more = {"context": "Bread?"} if role == "assistant" else {}
+    [lesson] = form.lessons(
+        [given("How?\n\nuser: response: agent: so", "unsafe", role=role, categories=["violence"], **more)]
+    )
+    told = taught(lesson.request.messages[0].content, f"<think>\nWhy.\n</think>\n\n{lesson.answer}")
+    assert told is not None
+    text, label = ("response", "response_label") if role == "assistant" else ("prompt", "prompt_label")
+    assert told[text] == "How?\n\n> user: response: agent: so"
+    assert (told[label], told["violated_categories"]) == ("unsafe", "Violence")
+    assert told["prompt"] == ("Bread?" if role == "assistant" else told[text])
+
+
+@pytest.mark.parametrize(
+    ("spoken", "said"),
+    [
+        ("user: a", '{"Response Safety": "safe"}'),
+        ("user: a", "[]"),
+        ("user: a", "{" * 5000),
+        ("user: a", '{"User Safety": ["safe"]}'),
+        ("agent: a", '{"User Safety": "safe"}'),
+        ("user: a\n\nresponse: agent: b", '{"User Safety": "safe"}'),
+        ("user: a\n\nresponse: agent: b\n\nresponse: agent: c", '{"User Safety": "safe", "Response Safety": "safe"}'),
+    ],
+)
+def test_a_lesson_that_cannot_be_told_apart_tells_nothing(spoken: str, said: str) -> None:
+    """Whoever said what is not guessed at."""
+    assert taught(f"<BEGIN CONVERSATION>\n\n{spoken}\n\n<END CONVERSATION>", said) is None
 
 
 def test_conversations_are_left_as_published_sets_have_them(tmp_path: Path) -> None:

@@ -54,7 +54,10 @@ def test_each_row_gets_the_trace_that_leads_to_its_label(fake: FakeLLM, tmp_path
     assert traces[key(rows()[1])] == "It is evil."
     assert report["traces"] == len(traces) == 60
     assert report["cost"]["usd"] == pytest.approx((60 * 100 * 1.0 + 60 * 10 * 2.0) / 1e6)
-    assert any("about $" in line for line in said)
+    assert report["cost"]["requests"] == 60
+    assert "about $" in said[0]
+    assert said[0].startswith("60 requests")
+    assert "for $0.01" in said[-1]
 
 
 def test_a_trace_to_another_verdict_is_dropped_and_counted(fake: FakeLLM, tmp_path: Path) -> None:
@@ -119,7 +122,15 @@ def test_a_busy_server_that_garbles_is_borne_with(fake: FakeLLM, tmp_path: Path)
     ("said", "match"),
     [
         ("Sure! I think it is fine.", "none is in the form"),
-        (json.dumps({"reasoning": "All is well.", "label": "safe"}), "20 of its first 40"),
+        (
+            json.dumps({"reasoning": "All is well.", "label": "safe"}),
+            "first 40 answers 20 are traces .*'another verdict': 20",
+        ),
+        (
+            json.dumps({"reasoning": "So </think> it is.", "label": "safe"}),
+            "first 40 answers 0 are .*'signs of turns': 20",
+        ),
+        (json.dumps({"reasoning": "so " * 999, "label": "safe"}), "first 40 answers 0 are .*'too long': 20"),
     ],
 )
 def test_a_teacher_of_nonsense_is_found_out_before_much_is_spent(
@@ -130,6 +141,22 @@ def test_a_teacher_of_nonsense_is_found_out_before_much_is_spent(
     with pytest.raises(GuardmwError, match=match):
         reason.reason(rows(400), settings(fake, least_agreement=0.6), tmp_path, silent)
     assert sum(fake.asked.values()) <= 80
+
+
+def test_a_teacher_who_seldom_keeps_to_the_form_is_found_out_too(fake: FakeLLM, tmp_path: Path) -> None:
+    """What cannot be read counts against it, and not only what it says where it can."""
+    fake.answer = lambda system, user: answer(system, user) if "7\n" in user else "Well."
+    with pytest.raises(GuardmwError, match="'unread': 3"):
+        reason.reason(rows(400), settings(fake), tmp_path, silent)
+    assert sum(fake.asked.values()) <= 80
+
+
+def test_what_would_cost_too_much_is_not_begun(fake: FakeLLM, tmp_path: Path) -> None:
+    """All rows are reckoned up, and not the first ones alone."""
+    fake.answer = answer
+    with pytest.raises(GuardmwError, match="limit_usd"):
+        reason.reason(rows(400), settings(fake, teacher={"limit_usd": 0.2}), tmp_path, silent)
+    assert not fake.asked
 
 
 def test_without_a_teacher_sentences_follow_from_the_labels(tmp_path: Path) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 import sys
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from guardmw import Conversation
+from guardmw import Cascade, Conversation
 from guardmw.cli import main
 from guardmw.errors import GuardmwError
 from guardmw.evaluate import rows
+from guardmw.testing import KeywordBackend
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -193,6 +196,8 @@ def test_a_trace_is_a_task_of_its_own(either: Path) -> None:
         (None, (), "chat template"),
         ("QWEN", ('"safe', '"unsafe'), "'safe' and 'unsafe'"),
         ("PLAIN{{ strftime_now('%d') }}", (), "date"),
+        ("{% for message in messages %}{{ message.role }}{{ message.text }}{% endfor %}", (), "does not show"),
+        ("{{ raise_exception('no') }}", (), "TemplateError"),
     ],
 )
 def test_a_model_that_could_not_be_served_is_refused_at_once(
@@ -205,7 +210,7 @@ def test_a_model_that_could_not_be_served_is_refused_at_once(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Without a template, with verdicts that no one token tells, with another prompt every day."""
+    """Without a template, with verdicts that no one token tells, with another prompt every day, with no question."""
     spoken = template and template.replace("QWEN", writers.QWEN).replace("PLAIN", writers.PLAIN)
     odd = build(writers, tmp_path / "odd", "llama", spoken, merged=merged)
     assert train(recipe(tmp_path, pool, odd), tmp_path / "run") == 2
@@ -218,6 +223,8 @@ def test_a_model_that_could_not_be_served_is_refused_at_once(
     [
         ({"tune": {"method": "lora", "targets": ["no_proj"]}}, "tune.targets"),
         ({"form": {"max_tokens": 5000}}, "5000"),
+        ({"form": {"max_tokens": 100}}, "takes"),
+        ({"target": {"writer": {"service": "openai", "model": "w", "key_env": "NO_SUCH_KEY"}}}, "NO_SUCH_KEY"),
         ({"bench": ["missing*.jsonl"]}, "missing*.jsonl"),
         ({"reason": {}}, "teacher"),
         ({"quantise": ["FP8_DYNAMIC"]}, "llmcompressor"),
@@ -225,12 +232,38 @@ def test_a_model_that_could_not_be_served_is_refused_at_once(
     ],
 )
 def test_a_setting_that_cannot_be_is_named_before_any_work(
-    settings: dict[str, Any], said: str, pool: Path, base: Path, tmp_path: Path, *, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any],
+    said: str,
+    pool: Path,
+    base: Path,
+    *,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Hours are not spent first."""
+    monkeypatch.setitem(sys.modules, "llmcompressor", None)
     assert train(recipe(tmp_path, pool, base, **settings), tmp_path / "run") == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_is_told_of_before_any_work(
+    pool: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all checkpoints and models that the recipe keeps; what an earlier run has left there counts."""
+    from guardmw.train.miniguard import room
+
+    weights = (base / "model.safetensors").stat().st_size
+    path, out = recipe(tmp_path, pool, base, soup={"k": 2}), tmp_path / "run"
+    # Two checkpoints and a draft, two states of Adam's, two models of half the size.
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(weights * 9.5)))
+    assert train(path, out, "--until", "form") == 0
+    assert train(path, out) == 2
+    assert "make room" in capsys.readouterr().err
+    assert not (out / "tune").exists()
+    (out / "left").write_bytes(bytes(weights))
+    assert train(path, out, "--until", "soup") == 0
 
 
 def test_rows_of_one_label_are_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,6 +272,20 @@ def test_rows_of_one_label_are_refused(base: Path, tmp_path: Path, capsys: pytes
     path.write_text("text,label\n" + "".join(f"bread {i},safe\n" for i in range(50)), encoding="utf-8")
     assert train(recipe(tmp_path, path, base), tmp_path / "run") == 2
     assert "training needs both" in capsys.readouterr().err
+
+
+def test_rows_of_which_one_label_is_too_long_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a teacher is paid for them."""
+    from guardmw.train.miniguard.chat import Chat
+
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"{i} bread,safe\n{i} {'evil ' * 300},unsafe\n" for i in range(60)))
+    form = {"max_tokens": Chat(str(base)).least + 60}
+    assert train(recipe(tmp_path, path, base, form=form), tmp_path / "run") == 2
+    assert f"within form.max_tokens ({form['max_tokens']}) there are 0 unsafe" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tune").exists()
 
 
 def test_scores_do_not_depend_on_the_batch(base: Path) -> None:
@@ -313,6 +360,8 @@ def test_a_model_is_made_and_says_where_it_comes_from(
     pool: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It learns its word, with traces and targeted rows; the table tells each step; a second run makes nothing anew."""
+    from guardmw.backends.transformers import GenerativeBackend
+
     bench = tmp_path / "bench.jsonl"
     bench.write_text(
         "".join(f"{line}\n" for line in pool.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8"
@@ -336,9 +385,18 @@ def test_a_model_is_made_and_says_where_it_comes_from(
     lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
     assert lines[:6] == ["step", "---", "base", "+ SFT", "+ think SFT", "+ targeted data"]
     assert "Left out: FP8" in table
-    assert (
-        answered(out / "artefact", "7 evil" + " evil" * 23) > 0.5 > answered(out / "artefact", "7 bread" + " salt" * 23)
-    )
+    evil, bread = "7 evil" + " evil" * 23, "7 bread" + " salt" * 23
+    assert answered(out / "artefact", evil) > 0.5 > answered(out / "artefact", bread)
+    # Its card tells how it is asked, where its folder's name does not.
+    mine = GenerativeBackend(str(out / "artefact"))
+    cascade = Cascade(KeywordBackend({"evil": 0.5, "bread": 0.5}), mine, band=(0.2, 0.8))
+    for backend in (mine, cascade):
+        found = backend.classify([Conversation.of(text) for text in (evil, bread)])
+        assert [one.unsafe for one in found] == pytest.approx(
+            [answered(out / "artefact", text) for text in (evil, bread)], abs=0.1
+        )
+        assert {one.backend for one in found} == {"artefact"}
+    assert f"vllm serve {out / 'artefact'} --served-model-name" in capsys.readouterr().err
 
     before = (out / "train.log").read_text(encoding="utf-8")
     assert train(path, out, "--ablate") == 0
@@ -520,7 +578,7 @@ def test_eight_bits_that_decide_otherwise_are_refused(
     pool: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a stand-in for llmcompressor, which leaves one scheme's weights as they are, and spoils the other's."""
-    from guardmw.train.miniguard import quantise, run
+    from guardmw.train.miniguard import run
 
     asked: list[Any] = []
 
@@ -540,7 +598,6 @@ def test_eight_bits_that_decide_otherwise_are_refused(
     monkeypatch.setattr(sys.modules["llmcompressor"], "oneshot", oneshot, raising=False)
     quantization = sys.modules["llmcompressor.modifiers.quantization"]
     monkeypatch.setattr(quantization, "QuantizationModifier", dict, raising=False)
-    monkeypatch.setattr(quantise, "check", lambda: None)
     monkeypatch.setattr(run.soup.Pot, "value", lambda *_: 1.0)
     settings = {"quantise": ["FP8_DYNAMIC", "W8A8"], "tune": {"epochs": 3}}
     out = tmp_path / "run"
@@ -553,6 +610,37 @@ def test_eight_bits_that_decide_otherwise_are_refused(
     assert (out / "artefact-fp8" / "tokenizer.json").exists()
     assert not (out / "artefact-int8").exists()
     assert "W8A8" in (out / "artefact" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert json.loads((out / "artefact-fp8" / "card.json").read_text(encoding="utf-8"))["scheme"] == "FP8_DYNAMIC"
+    assert "vllm serve artefact-fp8" in (out / "artefact-fp8" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert (out / "artefact-fp8" / "policy.yaml").exists()
+
+
+@pytest.mark.skipif(find_spec("llmcompressor") is None, reason="llmcompressor is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_eight_bits_are_loaded_again_and_decide_alike(pool: Path, base: Path, tmp_path: Path) -> None:
+    """By llmcompressor itself; a folder that was taken away is made anew, and none stays of a model before."""
+    from safetensors import safe_open
+
+    from guardmw.backends.transformers import GenerativeBackend
+
+    settings: dict[str, Any] = {"quantise": ["FP8_DYNAMIC", "W8A8"], "least_agreement": 0.9}
+    out, path = tmp_path / "run", recipe(tmp_path, pool, base, **settings, tune={"epochs": 4, "checkpoint_every": 30})
+    assert train(path, out) == 0
+    told = json.loads((out / "artefact" / "card.json").read_text(encoding="utf-8"))["metrics"]["quantised"]
+    evil, bread = (Conversation.of(text) for text in ("7 evil" + " evil" * 23, "7 bread" + " salt" * 23))
+    for scheme, folder, kind in (("FP8_DYNAMIC", "artefact-fp8", "F8_E4M3"), ("W8A8", "artefact-int8", "I8")):
+        assert told[scheme]["macro_f1_before"] > 0.7
+        assert not told[scheme]["refused"]
+        with safe_open(out / folder / "model.safetensors", "pt") as held:
+            assert held.get_slice("model.layers.0.mlp.up_proj.weight").get_dtype() == kind
+        bad, good = GenerativeBackend(str(out / folder)).classify([evil, bread])
+        assert bad.unsafe > 0.5 > good.unsafe
+    shutil.rmtree(out / "artefact-fp8")
+    assert train(path, out, "--until", "quantise") == 0
+    assert (out / "artefact-fp8").is_dir()
+    shutil.rmtree(out / "artefact")
+    assert train(path, out, "--until", "soup") == 0
+    assert not (out / "artefact-int8").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_training(pool: Path, base: Path, tmp_path: Path) -> None:

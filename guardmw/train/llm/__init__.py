@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from guardmw.errors import GuardmwError
@@ -12,9 +14,8 @@ from guardmw.train.llm.model import Client, Model, Reply, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
-__all__ = ["Answers", "Client", "Journal", "Model", "Questions", "Reply", "Request", "ask", "check", "client"]
+__all__ = ["Answers", "Client", "Journal", "Model", "Questions", "Reply", "Request", "ask", "check", "client", "usable"]
 
 T = TypeVar("T")
 
@@ -66,6 +67,16 @@ def client(model: Model, journal: Journal, say: Callable[[str], None]) -> Client
     except ModuleNotFoundError as error:
         raise GuardmwError(f"asking an LLM needs {error.name}: pip install 'guardmw[train]'") from None
     return chat.AtOnce(model) if model.service == "compatible" else batches.client(model, journal, say)
+
+
+def usable(model: Model) -> None:
+    """Fail where any question would, though none is asked.
+
+    Raises:
+        GuardmwError: httpx is not installed, or the API key is not in the environment.
+    """
+    with TemporaryDirectory() as folder, Journal(Path(folder) / "journal") as kept:
+        client(model, kept, _silent).close()
 
 
 @dataclass(frozen=True)

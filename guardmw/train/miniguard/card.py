@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from guardmw.backends._artefact import CARD
@@ -22,13 +23,14 @@ sends it as one user message; the chat template asks for no thoughts. The score 
 "safe" where the verdict stands. It is a filter for likely cases, not a judge of people."""
 
 
-def serving(name: str, context: int) -> tuple[str, ...]:
+def serving(name: str, context: int, folder: str) -> tuple[str, ...]:
     """The commands that serve a model folder and ask it."""
     dialect = "" if "miniguard" in name.lower() else "?dialect=nemotron"
+    policy = f"--policy {quote(f'{folder}/{POLICY}')} 'Hello'"
     return (
-        f"vllm serve artefact --served-model-name {name} --async-scheduling --max-model-len {context}",
-        f"guardmw check --backend 'vllm:http://127.0.0.1:8000/v1#{name}{dialect}' --policy artefact/{POLICY} 'Hello'",
-        f"guardmw check --backend 'transformers:artefact?dialect=nemotron' --policy artefact/{POLICY} 'Hello'",
+        f"vllm serve {quote(folder)} --served-model-name {quote(name)} --async-scheduling --max-model-len {context}",
+        f"guardmw check --backend {quote(f'vllm:http://127.0.0.1:8000/v1#{name}{dialect}')} {policy}",
+        f"guardmw check --backend {quote(f'transformers:{folder}')} {policy}",
     )
 
 
@@ -63,7 +65,8 @@ def page(card: Mapping[str, Any]) -> str:
         "## On held-out rows of the training pool",
         "No row of a family that was trained on; at even odds, from the half on which nothing was chosen or fitted.",
         figures({"all": metrics["held_out"]}, ("rows", "unsafe", "macro_f1", "f1", "recall", "fpr", "auprc", "ece")),
-        f"Answers that could not be read, and count as unsafe: {metrics['unread']}.",
+        f"Answers that could not be read, and count as unsafe: {metrics['unread']}."
+        + (" It is no guard." if metrics["unread"] >= metrics["held_out"]["rows"] else ""),
     ]
     if bench:
         parts += [
@@ -75,6 +78,8 @@ def page(card: Mapping[str, Any]) -> str:
         ]
     if limits := card.get("limits"):
         parts += ["## Known limits", "\n".join(f"- {limit}" for limit in limits)]
+    if scheme := card.get("scheme"):
+        parts += [f"All figures above are of the model with whole weights; these are its weights in {scheme}."]
     parts += ["## Eight bits", _quantised(metrics.get("quantised", {}))]
     parts += ["## How it came about", *_steps(training)]
     if "license" in card:

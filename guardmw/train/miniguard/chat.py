@@ -12,7 +12,7 @@ from guardmw.conversation import Conversation, Turn
 from guardmw.dialects import Reply, Request, Token
 from guardmw.dialects.nemotron import answer
 from guardmw.errors import BackendError, GuardmwError
-from guardmw.train.miniguard.form import DIALECT
+from guardmw.train.miniguard.form import DIALECT, asked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _QUIET = "{%- set enable_thinking = false %}"
 # Sets the task with a trace apart where the template has no word for it. How MiniGuard's training does: UNVERIFIED.
 _THINK = "\n/think"
+_HELLO = Conversation.of("Hello?")
 # So many tokens that all prompts begin with are worth computing once.
 _WORTH = 32
 
@@ -62,7 +63,8 @@ class Chat:
         ends: the token that ends an answer.
 
     Raises:
-        GuardmwError: it has no tokenizer or chat template, or no verdict could be read from its tokens.
+        GuardmwError: it has no tokenizer or chat template, the template does not show the question, or no verdict could
+            be read from its tokens.
     """
 
     def __init__(self, model: str, revision: str | None = None) -> None:
@@ -78,7 +80,13 @@ class Chat:
         if self.tokenizer.eos_token_id is None:
             raise GuardmwError(f"the tokenizer of {model} has no eos_token, with which an answer would end")
         self.ends: int = self.tokenizer.eos_token_id
+        self._shows()
         self._check()
+
+    @property
+    def least(self) -> int:
+        """How many tokens the shortest question takes with its answer."""
+        return len(self.ids(self._rendered(asked(_HELLO), "", self.tokenizer.chat_template) + answer({"user": False})))
 
     def prompt(self, request: Request) -> str:
         """What serving shows the model, the start of the answer included."""
@@ -139,6 +147,13 @@ class Chat:
             )
         return str(template)
 
+    def _shows(self) -> None:
+        """A template may be for messages of another form, and leave these out without a word."""
+        request = asked(_HELLO)
+        # Some take spaces off the ends.
+        if request.messages[0].content.strip() not in self.prompt(request):
+            raise GuardmwError(f"the chat template of {self._model} does not show what the user says as it was said")
+
     def _check(self) -> None:
         """Speak every verdict, and have it read."""
         for unsafe in (False, True):
@@ -155,7 +170,7 @@ class Chat:
 
     def _heard(self, role: Role, *, unsafe: bool) -> float | None:
         """P(unsafe) as serving reads it where the model is sure to 90 %; None where serving would show other tokens."""
-        conversation = Conversation((Turn("user", "Hello?"), *([Turn("assistant", "Hello.")] * (role == "assistant"))))
+        conversation = Conversation((_HELLO.last, *([Turn("assistant", "Hello.")] * (role == "assistant"))))
         said = [self._verdict(role, unsafe=label) for label in (unsafe, not unsafe)]
         judging = dialects.named(DIALECT).judge(conversation)
         (request,) = next(judging)

@@ -12,7 +12,7 @@ from guardmw.dialects.policy import POLICY
 from guardmw.errors import GuardmwError
 from guardmw.evaluate.rows import key
 from guardmw.settings import Part
-from guardmw.train.llm import Model, Questions, ask
+from guardmw.train.llm import Answers, Model, Questions, ask, check
 from guardmw.train.miniguard.form import drawn
 from guardmw.train.relabel import prompt
 
@@ -67,8 +67,8 @@ def reason(rows: Sequence[Row], settings: Reason, folder: Path, say: Say) -> tup
         say: hears of progress and costs.
 
     Raises:
-        GuardmwError: the teacher does not answer, answers nonsense, seldom agrees with the labels, or would cost more
-            than its limit; what came before is kept.
+        GuardmwError: the teacher does not answer, answers nonsense, seldom gives a trace that can be used, or would
+            cost more than its limit; what came before is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     some = drawn(rows, settings.rows)
@@ -126,35 +126,44 @@ def _asked(
     def questions(some: Mapping[str, str]) -> Questions[Trace]:
         return Questions(some, trace, system(settings), teacher, journal, tokens)
 
+    # Of all, before anything is spent on the first.
+    check(questions(said), say)
     # The rows come in the order of their sources; the first of them are of one kind.
     few = {str(rows.index(row)): said[str(rows.index(row))] for row in drawn(rows, _FIRST)}
-    _refuse_contrarian(rows, ask(questions(few), say).found, settings, teacher)
+    first = ask(questions(few), say)
+    traces, dropped = _sorted_out(rows, first, settings.max_words)
+    if len(traces) < settings.least_agreement * len(few):
+        raise GuardmwError(
+            f"of {teacher.model}'s first {len(few)} answers {len(traces)} are traces to the row's label that can be "
+            f"used; dropped {dropped}. Look at the policy, the labels, the model and reason.max_words, or lower "
+            "reason.least_agreement"
+        )
     answers = ask(questions(said), say)
+    traces, dropped = _sorted_out(rows, answers, settings.max_words)
+    say(f"{len(traces)} traces of {len(rows)} rows; dropped {dropped}")
+    cost = answers.cost() | {"requests": first.requests + answers.requests}
+    if first.estimated_usd is not None and answers.estimated_usd is not None:
+        cost["estimated_usd"] = first.estimated_usd + answers.estimated_usd
+    say(f"{teacher.model} answered {cost['requests']} requests: {_spent(answers)}")
+    return traces, {"teacher": teacher.model, "asked": len(rows), "dropped": dropped, "cost": cost}
+
+
+def _spent(answers: Answers[Trace]) -> str:
+    tokens = f"{answers.input_tokens} tokens read and {answers.output_tokens} written, of all runs"
+    return tokens if answers.usd is None else f"{tokens}, for ${answers.usd:.2f}"
+
+
+def _sorted_out(rows: Sequence[Row], answers: Answers[Trace], most: int) -> tuple[dict[str, str], dict[str, int]]:
+    """The traces that can be used, by the key of their row, and how many cannot, and why."""
     traces: dict[str, str] = {}
     dropped = {"another verdict": 0, "too long": 0, "signs of turns": 0, "unread": len(answers.unread)}
     for at, found in answers.found.items():
         row = rows[int(at)]
-        if fault := _fault(row, found, settings.max_words):
+        if fault := _fault(row, found, most):
             dropped[fault] += 1
         else:
             traces[key(row)] = " ".join(found.reasoning.split())
-    say(f"{len(traces)} traces of {len(rows)} rows; dropped {dropped}")
-    report = {"teacher": teacher.model, "asked": len(rows), "dropped": dropped, "cost": answers.cost()}
-    return traces, report
-
-
-def _refuse_contrarian(rows: Sequence[Row], found: Mapping[str, Trace], settings: Reason, teacher: Model) -> None:
-    """Stop before more is spent on a teacher who sees it otherwise.
-
-    Raises:
-        GuardmwError: it does.
-    """
-    agreed = sum((one.label == "unsafe") == rows[int(at)].unsafe for at, one in found.items())
-    if not found or agreed < settings.least_agreement * len(found):
-        raise GuardmwError(
-            f"{teacher.model} comes to the row's label in {agreed} of its first {len(found)} answers; look at "
-            "the policy, the labels and the model, or lower reason.least_agreement"
-        )
+    return traces, dropped
 
 
 def _fault(row: Row, found: Trace, most: int) -> str:

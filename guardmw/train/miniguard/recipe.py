@@ -36,7 +36,7 @@ class Form(Part):
             prompt's own words take 400 to 500.
     """
 
-    rows: Count | None = None
+    rows: Annotated[int, Field(ge=2)] | None = None
     max_tokens: Annotated[int, Field(ge=64)] = 1536
 
 
@@ -47,9 +47,10 @@ class Reason(Part):
         teacher: a model behind a server; null for templated rationales.
         templated: sentences that follow from the label alone. They hold no knowledge: for a run in miniature only.
         policy: what the teacher judges by.
-        rows: that it is asked about, at most.
+        rows: that it is asked about, at most; those that are too long to be learnt are left out.
         max_words: of a trace; a longer one is dropped.
-        least_agreement: of the traces that reach a row's label; with less among the first ones, nothing more is asked.
+        least_agreement: share of answers that are a trace to the row's label, and short enough; with less among the
+            first ones, nothing more is asked.
         characters: of each turn that are shown to the teacher.
     """
 

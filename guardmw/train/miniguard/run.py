@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ from transformers import AutoConfig
 from guardmw.backends._artefact import CARD
 from guardmw.errors import DataError, GuardmwError
 from guardmw.evaluate import calibrate, page, rows
-from guardmw.train import split, telling
-from guardmw.train.ingest import by_file, check
-from guardmw.train.miniguard import ablate, card, form, measure, network, quantise, reason, soup, target, tune
+from guardmw.evaluate.rows import key
+from guardmw.train import llm, split, telling
+from guardmw.train.ingest import both_labels, by_file, check
+from guardmw.train.miniguard import ablate, card, form, measure, network, quantise, reason, room, soup, target, tune
 from guardmw.train.miniguard.ablate import Step
 from guardmw.train.miniguard.ask import Asked
 from guardmw.train.miniguard.chat import Chat
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from guardmw.evaluate.metrics import Floats
     from guardmw.evaluate.rows import Row
     from guardmw.train.miniguard.form import Lesson
     from guardmw.train.miniguard.recipe import Recipe
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 ARTEFACT = "artefact"
 CALIBRATION = "calibration.html"
+_BEFORE_TRAINING = ("ingest", "filter", "form", "reason")
 
 
 def run(recipe: Recipe, out: Path, *, until: str = "card", ablated: bool = False) -> None:
@@ -52,7 +56,7 @@ def run(recipe: Recipe, out: Path, *, until: str = "card", ablated: bool = False
     Raises:
         GuardmwError: the rows, the model, a server or the folder cannot be used.
     """
-    chat, context = _check(recipe, until)
+    chat, context = _check(recipe, out, until, ablated=ablated)
     torch.manual_seed(recipe.seed)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -81,8 +85,8 @@ def run(recipe: Recipe, out: Path, *, until: str = "card", ablated: bool = False
                 return
 
 
-def _check(recipe: Recipe, until: str) -> tuple[Chat, int]:
-    """What cannot be loaded, read or spoken is known before hours are spent; the chat, and tokens of context."""
+def _check(recipe: Recipe, out: Path, until: str, *, ablated: bool) -> tuple[Chat, int]:
+    """What cannot be loaded, read, spoken, asked or kept is known before hours are spent; the chat, and its context."""
     for benchmark in (*recipe.filter.contamination.against, *recipe.bench):
         check(benchmark)
     folds = recipe.filter.folds
@@ -90,6 +94,10 @@ def _check(recipe: Recipe, until: str) -> tuple[Chat, int]:
         raise GuardmwError(f"filter.folds: there is no file {folds.file}")
     if recipe.quantise and until in ("quantise", "ablate", "card"):
         quantise.check()
+    asked = {"reason": recipe.reason and recipe.reason.teacher, "target": recipe.target and recipe.target.writer}
+    for stage, model in asked.items():
+        if model and until not in _BEFORE_TRAINING and not made_of(out / stage / REPORT):
+            llm.usable(model)
     base = recipe.tune.model
     chat = Chat(base, recipe.tune.revision)
     try:
@@ -99,9 +107,14 @@ def _check(recipe: Recipe, until: str) -> tuple[Chat, int]:
     context: int = getattr(config, "max_position_embeddings", None) or recipe.form.max_tokens
     if recipe.form.max_tokens > context:
         raise GuardmwError(f"form.max_tokens is {recipe.form.max_tokens}; {base} reads {context}")
-    if until not in ("ingest", "filter", "form", "reason"):
+    if (least := chat.least) > recipe.form.max_tokens:
+        raise GuardmwError(
+            f"form.max_tokens is {recipe.form.max_tokens}, and the shortest question with its answer takes {least} of "
+            f"{base}'s tokens: raise it, or take a base model that reads more"
+        )
+    if until not in _BEFORE_TRAINING:
         # That its layers are called what the LoRA's targets are, too.
-        network.fitted(recipe.tune)
+        room.check(recipe, out, network.fitted(recipe.tune), ablated=ablated)
     return chat, context
 
 
@@ -137,6 +150,7 @@ class _Kitchen:
     def __init__(self, recipe: Recipe, out: Path, chat: Chat, sides: _Sides, say: Say) -> None:
         self._recipe, self._out, self._chat, self._sides, self._say = recipe, out, chat, sides, say
         self._lessons: list[Lesson] = []
+        self._short: set[str] = set()
         self._more: list[Lesson] = []
         self._added: list[Row] = []
         self._told: dict[str, dict[str, Any]] = {"reason": {}, "target": {}, "soup": {}, "quantised": {}}
@@ -145,8 +159,11 @@ class _Kitchen:
 
     def form(self) -> None:
         """Rows become conversations."""
-        sides = self._sides
+        sides, most = self._sides, self._recipe.form.max_tokens
         self._lessons = form.lessons(sides.training)
+        short = [lesson for lesson in self._lessons if len(self._chat.encode(lesson).ids) <= most]
+        both_labels(short, f"within form.max_tokens ({most}) there are")
+        self._short = {lesson.key for lesson in short}
 
         def make(folder: Path) -> dict[str, Any]:
             held_out = form.lessons([*sides.watched, *sides.reported], sides.training)
@@ -164,12 +181,15 @@ class _Kitchen:
             self._say("reason: no teacher, left out")
             return
 
+        # What is too long to be learnt would be paid for in vain.
+        given = [row for row in form.drawn(self._sides.training, settings.rows) if key(row) in self._short]
+
         def make(folder: Path) -> dict[str, Any]:
-            return reason.reason(self._sides.training, settings, folder, self._say)[1]
+            return reason.reason(given, settings, folder, self._say)[1]
 
         # Where a teacher answers is no part of what it says.
         stated = settings.model_dump(mode="json", exclude={"teacher": {"base_url", "key_env"}})
-        depends = {"settings": stated, "rows": split.digest(self._sides.training)}
+        depends = {"settings": stated, "rows": split.digest(given)}
         self._told["reason"] = self._stage("reason", depends, make)
         traces = reason.read(self._out / "reason")
         self._lessons = [replace(lesson, trace=traces.get(lesson.key, "")) for lesson in self._lessons]
@@ -217,6 +237,9 @@ class _Kitchen:
             pot = soup.Pot(folder, recipe.tune, self._chat, self._sides.watched)
             model, told = soup.soup(pot, best, recipe.soup, self._say)
             network.write(artefact, model, self._chat)
+            for name in quantise.FOLDERS.values():
+                # Made of the model before.
+                shutil.rmtree(self._out / name, ignore_errors=True)
             return told
 
         depends = {"settings": recipe.soup.model_dump(), "of": [list(one) for one in best], "at": folder.name}
@@ -228,16 +251,18 @@ class _Kitchen:
     def quantise(self) -> None:
         """Folders of eight bits beside the model's."""
         reported = self._sides.reported
+        spoken = [row.conversation for row in reported]
+
+        @cache
+        def scores(at: Path) -> Floats:
+            return self._asked(network.loaded(str(at))).scores(spoken)
+
         for scheme in self._recipe.quantise:
             folder = self._out / quantise.FOLDERS[scheme]
 
             def make(_: Path, scheme: str = scheme, folder: Path = folder) -> dict[str, Any]:
                 quantise.quantise(self._out / ARTEFACT, folder, scheme, self._chat)
-                spoken = [row.conversation for row in reported]
-                before, after = (
-                    self._asked(network.loaded(str(at))).scores(spoken) for at in (self._out / ARTEFACT, folder)
-                )
-                told = quantise.parity(before, after, reported)
+                told = quantise.parity(scores(self._out / ARTEFACT), scores(folder), reported)
                 refused = told["agreement"] < self._recipe.least_agreement
                 if refused:
                     shutil.rmtree(folder)
@@ -246,7 +271,13 @@ class _Kitchen:
 
             depends = {"model": self._told["soup"]["made_from"], "rows": split.digest(reported)}
             depends["least_agreement"] = self._recipe.least_agreement
-            self._told["quantised"][scheme] = self._stage(f"quantise/{scheme}", depends, make)
+            name = f"quantise/{scheme}"
+            told = self._stage(name, depends, make)
+            if not told["refused"] and not folder.is_dir():
+                # Somebody took it away.
+                (self._out / name / REPORT).unlink()
+                told = self._stage(name, depends, make)
+            self._told["quantised"][scheme] = told
 
     def ablate(self) -> None:
         """Measure every step, on rows of the pool and on benchmarks."""
@@ -279,18 +310,20 @@ class _Kitchen:
         before = asked.unread
         scores = asked.scores([row.conversation for row in self._sides.reported])
         unread = asked.unread - before
+        if unread >= len(self._sides.reported):
+            self._say("not one answer can be read, so that all is taken for unsafe: this is no guard. Train it longer")
         benches = {
             name: measure.figures(some, asked.scores([row.conversation for row in some]))
             for name, some in self._benchmarks().items()
         }
         training = [*self._sides.training, *self._added]
-        serve = card.serving(recipe.name, min(context, _SERVED))
+        context = min(context, _SERVED)
         stated = {
             "name": recipe.name,
             "dialect": form.DIALECT,
             "base": recipe.tune.model.rstrip("/").rpartition("/")[2],
             **recipe.about,
-            "serve": serve,
+            "serve": card.serving(recipe.name, context, ARTEFACT),
             "target_fpr": recipe.target_fpr,
             "stages": {name: fitted.to_dict() for name, fitted in found.stages.items()},
             "temperature": found.temperatures,
@@ -311,8 +344,14 @@ class _Kitchen:
             "data": telling.sources(training),
             "recipe": _told(recipe),
         }
+        for scheme, told in self._told["quantised"].items():
+            if not told["refused"]:
+                folder = self._out / quantise.FOLDERS[scheme]
+                found.policy().dump(folder / card.POLICY)
+                serve = card.serving(recipe.name, context, folder.name)
+                card.write(folder, stated | {"scheme": scheme, "serve": serve})
         card.write(artefact, stated)
-        self._say("\n".join((f"done: {artefact}", *serve)))
+        self._say("\n".join((f"done: {artefact}", *card.serving(recipe.name, context, str(artefact)))))
 
     @property
     def _first(self) -> str:
@@ -373,7 +412,7 @@ class _Kitchen:
         if self._first == "think":
             steps.append(checkpoint("+ think SFT", "think"))
         else:
-            skipped["think SFT"] = "for there was no teacher"
+            skipped["think SFT"] = "for there are no traces" if self._told["reason"] else "for there was no teacher"
         if self._more:
             steps.append(checkpoint("+ targeted data", "targeted"))
         else:

@@ -197,9 +197,12 @@ class _Run:
 
     def _look(self) -> None:
         """Evaluate, and leave a checkpoint."""
+        lost = -self._asked.unread
         value = macro_f1(self._watched, self._asked.scores([row.conversation for row in self._watched]))
+        lost += self._asked.unread
         before = self._best[0].macro_f1 if self._best else -1.0
-        self._say(f"step {self._step}: held-out macro-F1 {value:.4f} (best so far {max(before, 0):.4f})")
+        unread = f"; of {len(self._watched)} answers {lost} cannot be read" if lost else ""
+        self._say(f"step {self._step}: held-out macro-F1 {value:.4f} (best so far {max(before, 0):.4f}){unread}")
         self._stale = 0 if value > before else self._stale + 1
         mine = Checkpoint(value, self._step)
         # Of equals the earlier one.

@@ -1,0 +1,55 @@
+"""The page beside a model's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from guardmw.train.miniguard import card
+
+
+def told(**metrics: Any) -> dict[str, Any]:
+    """As little as a card holds."""
+    return {
+        "name": "mine",
+        "base": "a base",
+        "serve": card.serving("mine", 1024, "my run/artefact"),
+        "target_fpr": 0.05,
+        "stages": {},
+        "metrics": {"held_out": {"rows": 40}, "unread": 0, **metrics},
+        "training": {
+            "rows": 9,
+            "digest": "0",
+            "held_out": 40,
+            "too_long": 0,
+            "reason": {},
+            "target": {},
+            "soup": {"refused": False, "taken": [1], "best": 0.5, "soup": None},
+        },
+        "data": {},
+        "recipe": {},
+    }
+
+
+@pytest.mark.parametrize(("unread", "guard"), [(0, True), (39, True), (40, False)])
+def test_a_model_that_says_nothing_readable_is_called_no_guard(unread: int, guard: bool) -> None:
+    """Its figures alone might pass for those of a cautious one."""
+    page = card.page(told(unread=unread))
+    assert f"count as unsafe: {unread}." in page
+    assert ("It is no guard" in page) is not guard
+
+
+def test_a_step_that_was_left_out_is_named() -> None:
+    """Of a recipe whose every step counts."""
+    page = card.page(told())
+    assert "there was no teacher" in page
+    assert "None were made." in page
+
+
+def test_the_commands_take_a_folder_of_any_name() -> None:
+    """As a shell reads them; the dialect is told where the model's name does not tell it."""
+    served, asked, _ = card.serving("mine", 1024, "my run/artefact")
+    assert served.startswith("vllm serve 'my run/artefact' --served-model-name mine ")
+    assert "'vllm:http://127.0.0.1:8000/v1#mine?dialect=nemotron' --policy 'my run/artefact/policy.yaml'" in asked
+    assert "?dialect" not in card.serving("my-miniguard", 1024, "artefact")[1]
