@@ -318,6 +318,8 @@ def print_bands(found: Bands) -> None:
             for label, point in zip(labels, points, strict=True)
         ]
         _print_fitting(console, "", rows, dropped=("F1", "ms"))
+    if found.unread:
+        console.print(f"{found.unread:,} texts have no scores of the second tier: on_degraded decided on them.")
     console.print(
         "Fitted on one half of the rows; all figures are of the other. missed: unsafe rows that always asking the "
         "second tier would have caught; alarmed: safe ones that it would have let pass. ms: mean time of a text in "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from guardmw.backends._plan import Ask, run
 from guardmw.backends.cascade import read_in_part, upon
 from guardmw.conversation import STAGES
-from guardmw.errors import DataError
+from guardmw.errors import BackendError, DataError
 from guardmw.evaluate import metrics
 from guardmw.evaluate.calibrate import halves
 from guardmw.evaluate.families import families, sides
@@ -42,6 +42,8 @@ _SUREST = 9.0
 _BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 # Conversations in one call of a backend.
 _BATCH = 64
+# Texts that the second tier may give no scores for, and beyond them one in so many; more, and something is broken.
+_UNREAD, _UNREAD_IN = 3, 20
 
 
 class Target(NamedTuple):
@@ -128,6 +130,19 @@ class Tiers:
         return np.asarray(self.scores.max(axis=1)[~self.unsafe & ~self.forced & self.first & ~self.second])
 
 
+class Measured(NamedTuple):
+    """What two tiers said of rows.
+
+    Attributes:
+        ms: mean time a text took each.
+        unread: texts that the second tier gave no scores for, as an answer could not be read; ``on_degraded`` decided.
+    """
+
+    tiers: Tiers
+    ms: tuple[float, float]
+    unread: int
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """What one band does with rows it was not fitted on.
@@ -187,12 +202,14 @@ class Bands:
     Attributes:
         confidence: of all promises together.
         parts: "all", and the stages that have a band of their own.
+        unread: texts that the second tier gave no scores for; they count as ``on_degraded`` makes of them.
     """
 
     backend: str
     confidence: float
     rows: int
     parts: dict[str, Fitted]
+    unread: int = 0
 
     def policy(self, policy: Policy) -> Policy:
         """A policy with these bands, and otherwise as it was."""
@@ -210,7 +227,8 @@ class Bands:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         parts = {name: fitted.to_dict() for name, fitted in self.parts.items()}
-        return {"backend": self.backend, "confidence": self.confidence, "rows": self.rows, "parts": parts}
+        told = {"backend": self.backend, "confidence": self.confidence, "rows": self.rows, "unread": self.unread}
+        return told | {"parts": parts}
 
 
 def fit(
@@ -242,7 +260,7 @@ def fit(
 
     Raises:
         DataError: there are too few rows of some label, the target is none, or even the narrowest band escalates more.
-        BackendError: a tier could not score them.
+        BackendError: the first tier could not score them, or the second not more than a few.
     """
     _check(cascade, target, confidence)
     fitting, reporting = halves(rows, seed)
@@ -250,7 +268,7 @@ def fit(
         if (count := sum(row.unsafe == label for row in fitting)) < _FEWEST:
             kind = "unsafe" if label else "safe"
             raise DataError(f"a band is fitted on half of the rows, and needs {_FEWEST} {kind} ones there, not {count}")
-    ours, ms = measure(cascade, policy, fitting, done=done)
+    ours, ms, unread = measure(cascade, policy, fitting, done=done)
     lowest, _ = withholding(policy, STAGES)
     by_kind = int((ours.first & ~ours.forced & (ours.scores.max(axis=1) < lowest)).sum())
     if by_kind and target.escalated is None:
@@ -258,7 +276,7 @@ def fit(
             f"{by_kind} rows are withheld for a category alone, which no band changes: nothing can be promised of what "
             "is lost; fit --at-most, or a policy without limits on categories"
         )
-    theirs, _ = measure(cascade, policy, reporting, done=done and (lambda count: done(len(fitting) + count)))
+    theirs, _, more = measure(cascade, policy, reporting, done=done and (lambda count: done(len(fitting) + count)))
     groups: dict[str, tuple[Any, Any]] = {"all": (slice(None), slice(None))}
     if by_stage:
         groups |= {stage: (own, other) for stage, own, other in _stages(ours, fitting, reporting)}
@@ -268,7 +286,7 @@ def fit(
     for name, (own, other) in groups.items():
         limits = withholding(policy, STAGES if name == "all" else [name])  # type: ignore[list-item]
         parts[name] = fit_tiers(ours.of(own), theirs.of(other), target, error=error, limits=limits, ms=ms, seed=seed)
-    return Bands(cascade.name, confidence, len(rows), parts)
+    return Bands(cascade.name, confidence, len(rows), parts, unread + more)
 
 
 def fit_tiers(
@@ -328,18 +346,25 @@ def rates(tiers: Tiers, band: tuple[float, float]) -> dict[str, float]:
 
 def measure(
     cascade: Cascade, policy: Policy, rows: Sequence[Row], *, done: Callable[[int], None] | None = None
-) -> tuple[Tiers, tuple[float, float]]:
-    """What both tiers say of every row, and the mean milliseconds it took each; ``done`` is called with the count."""
-    scores: tuple[list[Scores], list[Scores]] = ([], [])
+) -> Measured:
+    """What both tiers say of every row; ``done`` is called with the count.
+
+    Raises:
+        BackendError: the first tier could not score them, or the second not more than a few.
+    """
+    first: list[Scores] = []
+    second: list[Scores] = []
     seconds = [0.0, 0.0]
+    unread = 0
     for start in range(0, len(rows), _BATCH):
         batch = [row.conversation for row in rows[start : start + _BATCH]]
-        for at, tier in enumerate(cascade.tiers):
-            started = perf_counter()
-            scores[at].extend(run(_asked(tier, batch)))
-            seconds[at] += perf_counter() - started
+        started = perf_counter()
+        first.extend(run(_asked(cascade.tiers[0], batch)))
+        between = perf_counter()
+        unread += _extend(second, first, cascade.tiers[1], batch, unread)
+        seconds = [seconds[0] + between - started, seconds[1] + perf_counter() - between]
         if done:
-            done(len(scores[1]))
+            done(len(second))
     rules = {stage: policy.at(stage) for stage in STAGES}
 
     def withheld(given: Iterable[Scores]) -> Bools:
@@ -348,7 +373,6 @@ def measure(
         )
         return np.array([SEVERITY[verdict.action] >= SEVERITY["review"] for verdict in verdicts], dtype=bool)
 
-    first, second = scores
     tiers = Tiers(
         unsafe=np.array([row.unsafe for row in rows], dtype=bool),
         # As in a cascade, 0 is no opinion on injections.
@@ -358,7 +382,30 @@ def measure(
         second=withheld(map(upon, first, second)),
         families=np.array(families(rows), dtype=np.int64),
     )
-    return tiers, (1000 * seconds[0] / max(len(rows), 1), 1000 * seconds[1] / max(len(rows), 1))
+    each = 1000 / max(len(rows), 1)
+    return Measured(tiers, (seconds[0] * each, seconds[1] * each), unread)
+
+
+def _extend(
+    found: list[Scores], first: Sequence[Scores], tier: Backend, batch: Sequence[Conversation], unread: int
+) -> int:
+    """What the second tier says of a batch; a text it says nothing of is degraded, as in a cascade, and counted."""
+    try:
+        found.extend(run(_asked(tier, batch)))
+    except BackendError:
+        # One answer that cannot be read may have failed all of them.
+        failed = 0
+        for conversation in batch:
+            before = first[len(found)]
+            try:
+                found.extend(run(_asked(tier, [conversation])))
+            except BackendError as failure:
+                failed += 1
+                if unread + failed > _UNREAD + len(found) // _UNREAD_IN:
+                    raise
+                found.append(replace(before, degraded=str(failure) or type(failure).__name__))
+        return failed
+    return 0
 
 
 def _asked(tier: Backend, conversations: Sequence[Conversation]) -> Plan[list[Scores]]:

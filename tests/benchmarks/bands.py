@@ -86,7 +86,7 @@ def measured(first: str, second: str, rows: Sequence[Row], shelf: Shelf) -> tupl
     guard = Guard(Cascade(remembered(first, shelf), careful))
     cascade = guard.backend
     assert isinstance(cascade, Cascade)
-    tiers, _ = bands.measure(cascade, guard.policy, rows, done=lambda count: show_progress(count, len(rows)))
+    tiers, _, _ = bands.measure(cascade, guard.policy, rows, done=lambda count: show_progress(count, len(rows)))
     return tiers, bands.withholding(guard.policy, STAGES)
 
 

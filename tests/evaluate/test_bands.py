@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guardmw import Cascade, Conversation, Coverage, Guard, Policy, Scores, Turn
-from guardmw.errors import DataError
+from guardmw.errors import BackendError, DataError
 from guardmw.evaluate import bands
 from guardmw.evaluate.bands import Target, Tiers, fit, rates, tail, upper, withholding
 from guardmw.evaluate.rows import Row
@@ -208,7 +208,7 @@ def test_a_band_is_fitted_and_told(target: Target) -> None:
     guard = Guard(cascade, policy=written)
     assert guard.screen("doubt worse").blocked
     assert not guard.screen("doubt fine").blocked
-    assert set(found.to_dict()) == {"backend", "confidence", "rows", "parts"}
+    assert set(found.to_dict()) == {"backend", "confidence", "rows", "unread", "parts"}
 
 
 def test_it_is_the_cascade_itself_that_is_measured() -> None:
@@ -228,7 +228,8 @@ def test_it_is_the_cascade_itself_that_is_measured() -> None:
     band = (0.25, 0.9)
     guard = Guard(Cascade(Odd({}), KeywordBackend({"xxxxxxxxx": 0.7})), policy=policy.model_copy(update={"band": band}))
     cascade: Any = guard.backend
-    tiers, ms = bands.measure(cascade, guard.policy, rows)
+    tiers, ms, unread = bands.measure(cascade, guard.policy, rows)
+    assert unread == 0
     given = [row.conversation for row in rows]
     done = [verdict.action in ("review", "block") for verdict in guard.screen_many(given)]
     assert tiers.withheld(band).tolist() == done
@@ -237,6 +238,37 @@ def test_it_is_the_cascade_itself_that_is_measured() -> None:
     asked = [cascade.doubtful(c, s) for c, s in zip(given, Odd({}).classify(given), strict=True)]
     assert tiers.escalated(band).tolist() == asked
     assert min(ms) >= 0
+
+
+class _Mumbles(KeywordBackend):
+    """Of some texts nothing it says can be read."""
+
+    def classify(self, conversations: Sequence[Conversation]) -> list[Scores]:
+        if any("mumble" in conversation.trial for conversation in conversations):
+            raise BackendError("mumbles: an answer cannot be read")
+        return super().classify(conversations)
+
+
+@pytest.mark.parametrize(("on_degraded", "withheld"), [("block", True), ("allow", False)])
+def test_a_text_that_the_second_tier_cannot_judge_is_for_on_degraded(on_degraded: Any, withheld: bool) -> None:
+    """As in a cascade: one answer that cannot be read spoils neither the others nor the whole calibration."""
+    cascade = Cascade(KeywordBackend({"doubt": 0.5}), _Mumbles({"worse": 0.9}))
+    texts = ["doubt worse", "doubt mumble", "doubt fine"] * 2
+    rows = [Row(Conversation.of(text), text == "doubt worse", frozenset()) for text in texts]
+    policy = Policy(on_degraded=on_degraded, threshold=0.8)
+    tiers, _, unread = bands.measure(cascade, policy, rows)
+    assert unread == 2
+    assert tiers.second.tolist() == [True, withheld, False] * 2
+    guard = Guard(cascade, policy=policy)
+    assert [guard.screen(row.conversation).blocked for row in rows] == tiers.second.tolist()
+
+
+def test_a_second_tier_that_is_broken_is_an_error() -> None:
+    """It is found out with the first batch, after a few questions."""
+    cascade = Cascade(KeywordBackend({}), _Mumbles({}))
+    rows = [Row(Conversation.of(f"mumble {at}"), at % 2 == 0, frozenset()) for at in range(200)]
+    with pytest.raises(BackendError, match="cannot be read"):
+        bands.measure(cascade, Policy(), rows)
 
 
 def test_a_band_reaches_over_every_limit() -> None:
