@@ -7,6 +7,12 @@ import re
 LONGEST = 64
 """Letters of a name or an identifier, unless it is random; a script without spaces says little in as many of ASCII."""
 
+_SPAN = 120
+# Vowels, consonants and digits, of either case.
+_KINDS = bytes.maketrans(
+    b"aeiouAEIOUbcdfghjklmnpqrstvwxyzBCDFGHJKLMNPQRSTVWXYZ0123456789",
+    b"v" * 5 + b"V" * 5 + b"c" * 21 + b"C" * 21 + b"1" * 10,
+)
 _word = re.compile(r"[!-~]{0,64}").fullmatch
 _base64 = re.compile(r"[\w+/=-]*", re.ASCII).fullmatch
 
@@ -29,9 +35,19 @@ def is_ciphertext(text: str) -> bool:
 
 
 def is_random(text: str) -> bool:
-    """Whether it is as random as base64 is; else a long word is some text without spaces."""
+    """Whether it is as random as base64 is; else a long word is some text without spaces, however it is capitalised."""
     if not _base64(text):
         return False
-    digits, capitals = sum(map(str.isdigit, text)), sum(map(str.isupper, text))
+    kinds = text.encode("ascii").translate(_KINDS)
     # Chance gives 10, 26 and 26 of 64.
-    return digits * 16 > len(text) and len(text) < capitals * 8 < 6 * len(text)
+    capitals = kinds.count(b"V") + kinds.count(b"C")
+    if not (kinds.count(b"1") * 16 > len(text) and len(text) < capitals * 8 < 6 * len(text)):
+        return False
+    # Of letters, a fifth are vowels by chance, and two fifths in words, which show wherever they stand.
+    ends = (*range(_SPAN, len(kinds), _SPAN // 2), len(kinds))
+    return _wordless(kinds, 0.3) and all(_wordless(kinds[max(0, end - _SPAN) : end], 0.36) for end in ends)
+
+
+def _wordless(kinds: bytes, share: float) -> bool:
+    vowels = kinds.count(b"v") + kinds.count(b"V")
+    return vowels <= share * (vowels + kinds.count(b"c") + kinds.count(b"C"))
