@@ -219,7 +219,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
     cascade.add_argument("--escalate", metavar="SPEC", help="who is asked in doubt: a spec, or the URL of a server")
     cascade.add_argument("--policy", metavar="FILE", help="that is in force, and that --out adds the band to")
     target = cascade.add_mutually_exclusive_group()
-    target.add_argument("--at-most", type=float, metavar="RATE", help="rows that may be escalated")
+    target.add_argument("--at-most", type=float, metavar="RATE", help="rows that may be escalated, a family as one")
     target.add_argument(
         "--lose",
         type=float,

@@ -321,9 +321,9 @@ def print_bands(found: Bands) -> None:
     if found.unread:
         console.print(f"{found.unread:,} texts have no scores of the second tier: on_degraded decided on them.")
     console.print(
-        "Fitted on one half of the rows; all figures are of the other. missed: unsafe rows that always asking the "
-        "second tier would have caught; alarmed: safe ones that it would have let pass. ms: mean time of a text in "
-        "both tiers.",
+        "Fitted on one half of the rows; all figures are of the other. What is promised counts rows that belong "
+        "together as one, the table each of them. missed: unsafe rows that always asking the second tier would have "
+        "caught; alarmed: safe ones that it would have let pass. ms: mean time of a text in both tiers.",
         style="dim",
     )
 

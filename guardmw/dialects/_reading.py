@@ -135,7 +135,7 @@ def weigh(dialect: str, reply: Reply, said: str, words: Mapping[str, float], *, 
         reply: with the tokens, among which the verdict's is found by what stands before it, and never by its index.
         said: the verdict.
         words: how unsafe each is. No two begin with the same letter: then the first piece of a word tells it, but for a
-            letter alone, which begins too much else to stand for a harmless word that was not said.
+            letter alone, which begins too much else to stand for a harmless word that was not said, unless harm was.
         after: pattern of what stands before the verdict; nothing where it comes first. Of several the last counts.
 
     Raises:
@@ -155,7 +155,7 @@ def weigh(dialect: str, reply: Reply, said: str, words: Mapping[str, float], *, 
     for text, share in likely.items():
         piece = first_word(text.removeprefix(prefix))
         word = _begun(piece, words)
-        if word and (words[word] or text == token.text or len(piece) > 1):
+        if word and (words[word] or words[said] or text == token.text or len(piece) > 1):
             shares[word] += share
     if _begun(first_word(token.text.removeprefix(prefix)), words) != said:
         raise unread(dialect, "its tokens say something else than its text")

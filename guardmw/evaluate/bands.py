@@ -480,7 +480,8 @@ def _within_budget(
     if best is None:
         needed = math.ceil(4 * math.log(error) / math.log1p(-budget))
         raise DataError(
-            f"so few rows do not show that a band escalates at most {budget:g}: allow more, or bring at least {needed}"
+            f"so few rows do not show that a band escalates at most {budget:g}: allow more, or bring at least {needed} "
+            "that do not belong together, as answers to one prompt do"
         )
     return best
 
@@ -512,7 +513,8 @@ def _frontier(tiers: Tiers, limits: tuple[float, float]) -> list[tuple[float, tu
 
 def _point(tiers: Tiers, band: tuple[float, float] | None, ms: tuple[float, float]) -> Point:
     withheld = tiers.first if band is None else tiers.withheld(band)
-    escalated = 0.0 if band is None else rates(tiers, band)["escalated"]
+    # What a text costs is counted by rows, as recall is, and not by families.
+    escalated = 0.0 if band is None else float(tiers.escalated(band).mean()) if len(tiers) else 0.0
     figures = metrics.at_threshold(tiers.unsafe, withheld)
     return Point(band, escalated, figures.recall, figures.fpr, figures.f1, ms[0] + escalated * ms[1])
 

@@ -210,7 +210,7 @@ def main() -> None:
         real, its_limits = measured(first, second, rows, shelf)
         promises(f"{first} → {second}", real, strata, its_limits, args.splits)
     print()
-    control(len(rows), args.splits)
+    control(kin, args.splits)
 
 
 if __name__ == "__main__":

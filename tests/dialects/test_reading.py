@@ -52,6 +52,13 @@ def test_a_letter_alone_may_be_harm_but_is_no_harmlessness() -> None:
     assert split == (pytest.approx(0.2 / 0.7), pytest.approx(0.7))
 
 
+def test_where_harm_was_said_a_letter_alone_may_be_the_other_word() -> None:
+    """A tokenizer may split "safe" behind its first letter: the probability then moves evenly from one to the other."""
+    for harm in (0.51, 0.6, 0.9):
+        reading = weigh("x", one("un", log(harm), un=log(harm), s=log(1 - harm)), "unsafe", SAFE_UNSAFE)
+        assert reading == (pytest.approx(harm), pytest.approx(1.0))
+
+
 def test_what_is_covered_is_told() -> None:
     """A share of probability on other words is a sign of ill health, long before it is an error."""
     reading = weigh("x", one("safe", log(0.6), unsafe=log(0.2), sure=log(0.2)), "safe", SAFE_UNSAFE)
