@@ -688,13 +688,13 @@ def _serve_model(args: argparse.Namespace) -> int:
     from guardmw.backends import _command  # noqa: PLC0415 - only this command needs it
     from guardmw.backends._artefact import told_dialect  # noqa: PLC0415
 
+    dialect = told_dialect(Path(args.model))
     made = _command.command(args.model, _command.gpu(), host=args.host, port=args.port)
     if args.run:
         _become(_command.program(), made.words, made.environment)
     for reason in made.why:
         print(f"# {reason}")
     print(shlex.join([*(f"{name}={value}" for name, value in made.environment.items()), *made.words]))
-    dialect = told_dialect(Path(args.model))
     asked = f"?dialect={dialect}" if dialect else ""
     print(f"# then: --backend vllm:http://{args.host}:{args.port}/v1#{_command.served(args.model)}{asked}")
     return 0

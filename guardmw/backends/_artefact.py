@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from guardmw import dialects
 from guardmw.conversation import STAGES, Stage, loads
-from guardmw.errors import ArtefactError
+from guardmw.errors import ArtefactError, nearest
 from guardmw.taxonomy import CATEGORIES
 
 if TYPE_CHECKING:
@@ -97,11 +98,17 @@ def told_dialect(folder: Path) -> str | None:
     """How a model that writes its verdicts is asked, by its card; None without a card, or one that tells.
 
     Raises:
-        ArtefactError: the card is broken.
+        ArtefactError: the card is broken, or names no dialect that there is.
     """
     card = folder / CARD
     told = _json(card).get("dialect") if card.is_file() else None
-    return told if isinstance(told, str) else None
+    if told is None:
+        return None
+    if not isinstance(told, str):
+        raise ArtefactError(f"{card}: dialect is a {type(told).__name__} instead of a name, such as 'nemotron'")
+    if told not in dialects.NAMES:
+        raise ArtefactError(f"{card}: unknown dialect {told!r}: {nearest(told, dialects.NAMES)}")
+    return told
 
 
 def _one_of(folder: Path, names: Sequence[str]) -> Path:

@@ -51,8 +51,9 @@ class EngineBackend:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name or (Path(model).resolve().name if Path(model).is_dir() else model)
-        dialect = dialect or _artefact.told_dialect(Path(model))
-        self._dialect = dialects.named(dialect) if isinstance(dialect, str) else dialect or dialects.of_model(model)
+        if dialect is None:
+            dialect = _artefact.told_dialect(Path(model)) or dialects.of_model(model)
+        self._dialect = dialects.named(dialect) if isinstance(dialect, str) else dialect
         try:
             self._engine = vllm.LLM(model, **dict(options or {}))
         except Exception as error:

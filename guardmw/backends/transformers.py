@@ -68,8 +68,9 @@ class GenerativeBackend:
         batch_size: int = 8,
     ) -> None:
         self.name = name or _named(model)
-        dialect = dialect or _artefact.told_dialect(Path(model))
-        self._dialect = dialects.named(dialect) if isinstance(dialect, str) else dialect or dialects.of_model(model)
+        if dialect is None:
+            dialect = _artefact.told_dialect(Path(model)) or dialects.of_model(model)
+        self._dialect = dialects.named(dialect) if isinstance(dialect, str) else dialect
         self._loaded = _load(transformers.AutoModelForCausalLM, model, revision, device, batch_size)
         self._loaded.tokenizer.padding_side = "left"
 

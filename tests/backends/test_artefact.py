@@ -181,6 +181,29 @@ def test_a_slow_tokenizer_without_its_library_names_the_line_to_install(
         _artefact.read(folder)
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ('"nemtron"', "unknown dialect 'nemtron': did you mean 'nemotron'"),
+        ('""', "unknown dialect ''"),
+        ("[]", "dialect is a list instead of a name"),
+        ("3", "dialect is a int instead of a name"),
+    ],
+)
+def test_a_dialect_that_is_none_is_named(tmp_path: Path, told: str, message: str) -> None:
+    """With the card that tells it, whose model would be asked in another way else."""
+    (tmp_path / CARD).write_text(f'{{"name": "x", "dialect": {told}}}', encoding="utf-8")
+    with pytest.raises(ArtefactError, match=rf"card\.json: {message}"):
+        _artefact.told_dialect(tmp_path)
+
+
+@pytest.mark.parametrize("card", ['{"name": "x"}', '{"name": "x", "dialect": null}'])
+def test_a_card_need_not_tell_a_dialect(tmp_path: Path, card: str) -> None:
+    """That of an encoder has none."""
+    (tmp_path / CARD).write_text(card, encoding="utf-8")
+    assert _artefact.told_dialect(tmp_path) is None
+
+
 def test_a_card_forgets_nothing() -> None:
     """Keys that are not for guardmw are the recipe's, and stay."""
     assert Card.model_validate({"name": "x", "recipe": {"seed": 7}}).model_dump()["recipe"] == {"seed": 7}

@@ -127,9 +127,19 @@ def test_what_a_folder_says_of_its_dialect_is_told(
     (tmp_path / "card.json").write_text('{"name": "mine", "dialect": "nemotron"}', encoding="utf-8")
     assert main(["serve-model", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith(f"/v1#{tmp_path.name}?dialect=nemotron\n")
-    (tmp_path / "card.json").write_text("{", encoding="utf-8")
+
+
+@pytest.mark.parametrize("card", ["{", '{"dialect": "nemtron"}'])
+def test_a_broken_card_is_said_before_anything_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], card: str
+) -> None:
+    """A command that stands above an error would be run."""
+    monkeypatch.setattr(_command, "gpu", lambda: None)
+    (tmp_path / "card.json").write_text(card, encoding="utf-8")
     assert main(["serve-model", str(tmp_path)]) == 2
-    assert "card.json" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert "card.json" in printed.err
 
 
 def test_settings_that_a_model_brings_do_not_bend_its_answers() -> None:

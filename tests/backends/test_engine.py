@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from guardmw import BackendError, Conversation, dialects
+from guardmw import BackendError, BackendUnavailable, Conversation, dialects
 from guardmw.backends import _rounds
 from guardmw.dialects import Message, Reply, Request
 from guardmw.errors import ArtefactError
@@ -158,6 +158,12 @@ def test_a_spec_names_model_and_dialect(engine: Any, fake: Any, monkeypatch: pyt
     assert engine.from_spec("acme/Guard-1?dialect=one-word").name == "acme/Guard-1"
     with pytest.raises(BackendError, match="did you mean 'dialect'"):
         engine.from_spec("acme/Guard-1?dialekt=one-word")
+
+
+def test_a_dialect_left_empty_is_none(engine: Any) -> None:
+    """The model's name does not stand in for it, as nobody asked for that."""
+    with pytest.raises(BackendUnavailable, match="unknown dialect ''"):
+        engine.from_spec("acme/miniguard?dialect=")
 
 
 class Twice:

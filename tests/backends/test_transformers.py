@@ -243,6 +243,14 @@ def test_a_spec_says_what_it_is(reader: Path, writer: Path, fake: Any, monkeypat
     assert isinstance(from_spec(f"{writer}?dialect=first&device=cpu"), GenerativeBackend)
 
 
+def test_a_dialect_left_empty_is_none(writer: Path) -> None:
+    """What card or name tell does not stand in for it, as nobody asked for that."""
+    from guardmw.backends.transformers import from_spec
+
+    with pytest.raises(BackendUnavailable, match="unknown dialect ''"):
+        from_spec(f"{writer}?dialect=&device=cpu")
+
+
 @pytest.mark.parametrize(
     ("spec", "error"),
     [

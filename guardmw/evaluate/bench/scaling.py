@@ -117,9 +117,11 @@ def _remembering(prompts: Prompts, size: int) -> Iterator[Callable[[], object]]:
     known = [Conversation.of(f"{at} is known") for at in range(size)]
     memory.classify(known)
     guard = Guard(memory)
-    for at, new in enumerate(prompts.characters(_TURN)):
-        # Of two texts one is found, and one is learned in place of another.
-        yield _screen_many(guard, [known[-1 - at % size].trial, f"{at} is new: {new}"])
+    known_last = known[-1].trial
+    for new in prompts.characters(_TURN):
+        # The one learned last is found, however few are held; the other is learned in place of the one held longest.
+        yield _screen_many(guard, [known_last, new])
+        known_last = new
 
 
 def measured(growth: Growth, seconds: float, clock: Clock) -> Curve:

@@ -258,8 +258,9 @@ def test_every_growth_can_be_measured() -> None:
     assert {4, 1} == set(backend.batches)
 
 
-def test_a_memory_is_full_and_half_of_what_it_is_asked_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else its size would not matter."""
+@pytest.mark.parametrize("size", [10, 100])
+def test_a_memory_is_full_and_half_of_what_it_is_asked_is_known(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """At every call that counts, even where the memory has turned over since: else sizes would not do the same work."""
     asked: list[int] = []
 
     class Noting(KeywordBackend):
@@ -270,9 +271,9 @@ def test_a_memory_is_full_and_half_of_what_it_is_asked_is_known(monkeypatch: pyt
     monkeypatch.setattr(scaling, "KeywordBackend", Noting)
     growths = scaling.growths(Guard(KeywordBackend({})), Prompts(), 8)
     (memory,) = (one for one in growths if one.name == "memory")
-    for step in islice(memory.steps(100), 3):
+    for step in islice(memory.steps(size), scaling._CALLS + 1):
         step()
-    assert asked == [100, 1, 1, 1]
+    assert asked == [size, *[1] * (scaling._CALLS + 1)]
 
 
 def test_streams_come_out_whole() -> None:
