@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -18,7 +17,7 @@ from langgraph.types import Command
 
 from guardmw import Blocked
 from guardmw.identifiers import is_mark
-from langchain_guardmw.calls import BLOCKED_CALLS, TOOL_GUARD, Calls, names_of
+from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate, quoted
 from langchain_guardmw.model import stand_in
 from langchain_guardmw.outcome import log, refusal, refuses, strictest, verdict_of
@@ -367,9 +366,6 @@ class Asking:
                 continue
             # It stands where its refusal does, and is judged in the light of what came before that.
             self._place, self._before = pending.answer.id, messages[:at]
-            if self._calls:
-                noted = pending.answer.response_metadata.get(BLOCKED_CALLS)
-                self._calls.emptied = noted if isinstance(noted, Mapping) else ()
             self._messages = self._messages[: _position(self._messages, pending.answer)]
             if name == self._name or self._is_approved(pending.answer):
                 self._said = pending.answer

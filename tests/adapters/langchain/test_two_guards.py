@@ -49,7 +49,7 @@ def _nothing_noted() -> None:
 
 
 @tool
-def note(text: str) -> str:
+def note(text: str = "everything") -> str:
     """Note something."""
     NOTED.append(text)
     return "Noted."
@@ -80,6 +80,14 @@ def guards(how: Any, *, first: bool = True, word: str = "TWO") -> tuple[list[Any
         GuardMiddleware(other, on_block=how, name="second"),
     ]
     return (both if first else both[::-1]), other
+
+
+def calls_of(text: str, *noted: str) -> list[AIMessageChunk]:
+    """An answer that has these noted, after a few words."""
+    pieces: list[Any] = [
+        {"name": "note", "args": '{"text": "' + one + '"}', "id": str(at), "index": at} for at, one in enumerate(noted)
+    ]
+    return [AIMessageChunk(content=text), AIMessageChunk(content="", tool_call_chunks=pieces)]
 
 
 ORDER = pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
@@ -205,21 +213,45 @@ def test_a_rejected_answer_stays_refused(run: Run, first: bool, how: Any) -> Non
 @ORDER
 def test_calls_of_an_approved_answer_are_for_the_guard_of_the_tools(run: Run, first: bool) -> None:
     """It blocks one, and that is not made when the answer is said again, though nothing is left of it to judge."""
-
-    def two(*texts: str) -> list[AIMessageChunk]:
-        pieces: list[Any] = [
-            {"name": "note", "args": '{"text": "' + text + '"}', "id": str(at), "index": at}
-            for at, text in enumerate(texts)
-        ]
-        return [AIMessageChunk(content="ONE. "), AIMessageChunk(content="", tool_call_chunks=pieces)]
-
     both, _ = guards("end", first=first)
-    model, of_tools = Fake.saying(two("milk", "EVIL"), "Fine."), ToolGuardMiddleware(KeywordBackend({"EVIL": 0.99}))
+    model = Fake.saying(calls_of("ONE. ", "milk", "EVIL"), "Fine.")
+    of_tools = ToolGuardMiddleware(KeywordBackend({"EVIL": 0.99}))
     agent = agent_of(model, of_tools, *both, tools=[note])
     run(agent, said("Hello."), lambda _: None)
     assert NOTED == []
     run(agent, Command(resume="approve"), lambda _: None)
     assert NOTED == ["milk"]
+    assert texts(agent)[-1] == "Fine. "
+
+
+@EVERY_RUN
+@ORDER
+def test_a_call_that_is_blocked_is_not_made_where_two_guards_have_it_judged(run: Run, first: bool) -> None:
+    """The second has what the first left of it judged, which is no verdict on the call."""
+    both, _ = guards("end", first=first)
+    model = Fake.saying(calls_of("Wait. ", "EVIL", "milk"), "Fine.")
+    agent = agent_of(model, ToolGuardMiddleware(KeywordBackend({"EVIL": 0.99})), *both, tools=[note])
+    run(agent, said("Hello."), lambda _: None)
+    assert NOTED == ["milk"]
+    assert texts(agent)[-1] == "Fine. "
+
+
+@EVERY_RUN
+def test_calls_stay_blocked_where_a_second_verdict_blocks_others(run: Run) -> None:
+    """A judge that goes by what it heard before blocks one for each guard, and neither is made."""
+
+    class Moody(Witness):
+        def classify(self, conversations: Sequence[Conversation]) -> list[Scores]:
+            """First EVIL is unsafe, and then milk."""
+            scores = super().classify(conversations)
+            self._words = {"milk": 0.99}
+            return scores
+
+    both, _ = guards("end")
+    model = Fake.saying(calls_of("Wait. ", "milk", "EVIL"), "Fine.")
+    agent = agent_of(model, ToolGuardMiddleware(Moody("EVIL")), *both, tools=[note])
+    run(agent, said("Hello."), lambda _: None)
+    assert NOTED == []
     assert texts(agent)[-1] == "Fine. "
 
 
