@@ -15,14 +15,15 @@ from langchain_core.outputs import ChatResult
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command
 
-from guardmw import Blocked
+from guardmw import Blocked, Verdict
 from guardmw.identifiers import is_mark
+from guardmw.verdict import Coverage
 from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate, quoted
 from langchain_guardmw.model import stand_in
-from langchain_guardmw.outcome import log, refusal, refuses, strictest, verdict_of
+from langchain_guardmw.outcome import log, refusal, refuses, strictest
 from langchain_guardmw.parts import as_mark, is_role, unsaid, within
-from langchain_guardmw.source import Again, Keeping, Kept
+from langchain_guardmw.source import Again, Kept, Telling
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from langchain.agents.middleware import ModelRequest
     from langchain.agents.structured_output import StructuredOutputError
 
-    from guardmw import Conversation, Turn, Verdict
+    from guardmw import Conversation, Turn
     from langchain_guardmw.history import History
 
     Request = ModelRequest[Any]
@@ -44,8 +45,8 @@ OnBlock = Literal["raise", "end", "replace", "review"]
 WITHHELD = "[Withheld by policy.]"
 # In the place of an answer that is held: the run is over. A jump would not last through the nodes after the model.
 ENDED = b""
-# What is decided where a refusal has ended a run.
-_OVER = b"over"
+# Of a refusal that is another's: what such a message says of itself anybody may have written.
+_UNTOLD = Verdict("block", "output", (), None, Coverage(0, 0), reason="a refusal that ended the run")
 
 # Who is asking this model already: another guard of the same agent, if any.
 _OUTER: ContextVar[Asking | None] = ContextVar("_OUTER", default=None)
@@ -133,7 +134,9 @@ class Asking:
         by = TOOL_GUARD.get()
         # An agent that runs within another's model call has tools of its own.
         calls = self._calls = Calls(by, history) if by is not None and by.state is request.state else None
-        outer, inside = _OUTER.get(), getattr(request.model, "around", None)
+        self._verdict = _UNTOLD
+        self._outer = outer = _OUTER.get()
+        inside = getattr(request.model, "around", None)
         # Other middlewares may go to a thread between guards, or put something around the model.
         beside = outer is not None or isinstance(inside, Told)
         for one in (outer and outer.kept, inside and getattr(inside, "source", None)):
@@ -190,8 +193,7 @@ class Asking:
             self._prompt.take(verdicts[:count])
             verdicts, of_prompt = verdicts[count:], self._prompt.withheld
         self._trial.take(verdicts)
-        if self._request.response_format is not None and self._approved:
-            self._stop()
+        self._stop()
         withheld = self._trial.withheld
         if not withheld and not of_prompt:
             return
@@ -209,20 +211,30 @@ class Asking:
         elif self._on_block == "raise":
             raise Blocked(verdict)
         else:
+            self._hear(verdict)
             self.refusal = refusal(AIMessage(""), verdict, text=self._gate.refusal)
 
     def _stop(self) -> None:
         """Ask nobody again where a refusal was to end the run: LangChain forgets that behind other middlewares' nodes.
 
         Raises:
-            Blocked: one has been given in this turn.
+            Blocked: one has been given in this run, and no user has spoken since.
         """
-        for message in self._messages[self._trial.begin() :]:
-            if isinstance(message, AIMessage) and refuses(message) and self._over(message) in self._approved:
-                raise Blocked(verdict_of(message))
+        state: Any = self._request.state
+        id_, verdict = state.get("guardmw_over") or ("", _UNTOLD)
+        if id_ and any(message.id == id_ for message in self._messages[self._trial.begin() :]):
+            raise Blocked(verdict)
 
-    def _over(self, refused: AIMessage) -> str:
-        return self._history.approved(((refused.id or "").encode(),), _OVER)
+    def _hear(self, verdict: Verdict) -> None:
+        """A verdict that withholds, of this guard or of one that it has around its model."""
+        self._verdict = verdict
+        if self._outer is not None:
+            self._outer._hear(verdict)  # noqa: SLF001 - of the same class
+
+    def _tell(self, verdict: Verdict) -> None:
+        self._hear(verdict)
+        if self.kept:
+            self.kept.withhold()
 
     def request(self) -> Request:
         """What the model is asked, and by whom."""
@@ -238,8 +250,8 @@ class Asking:
         gate, history, calls, kept = self._gate, self._history, self._calls, self.kept
         if self._said:
             return Told(gate, "off", output=False, source=Again(self._said), history=history)
-        if kept:
-            gate = Keeping(gate.guard, gate.stage, gate.on_block, gate.mode, gate.leak, gate.refusal, kept=kept)
+        if kept or self._request.response_format is not None:
+            gate = Telling(gate.guard, gate.stage, gate.on_block, gate.mode, gate.leak, gate.refusal, tell=self._tell)
         return Told(gate, "off", calls=calls, source=kept or calls, history=history)
 
     def _seen(self, at: int, message: BaseMessage) -> BaseMessage:
@@ -270,6 +282,7 @@ class Asking:
         verdict = strictest(verdicts)
         if verdict is not None:
             stray: Any = response.result[at]
+            self._hear(verdict)
             response.result[at] = self._gate.withheld(stray, verdict)
             if self.kept:
                 self.kept.answer = stray
@@ -352,7 +365,7 @@ class Asking:
             else:
                 update["jump_to"] = "end"
                 if refused is not None:
-                    update["guardmw_approved"] = [self._over(refused)]
+                    update["guardmw_over"] = (refused.id, self._verdict)
         return ExtendedModelResponse(response, Command(update=update)) if update else response
 
     def _go_on(self, held: dict[str, bytes]) -> None:

@@ -93,13 +93,13 @@ class Again:
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping(Gate):
-    """Has kept what it withholds."""
+class Telling(Gate):
+    """Tells of each verdict by which it withholds."""
 
-    kept: Kept = field(kw_only=True)
+    tell: Callable[[Verdict], None] = field(kw_only=True)
 
     def withheld(self, value: object, verdict: Verdict, *, started: bool = False) -> Any:  # noqa: ANN401, D102
-        self.kept.withhold()
+        self.tell(verdict)
         # Not super(): a class with slots is made anew.
         return Gate.withheld(self, value, verdict, started=started)
 

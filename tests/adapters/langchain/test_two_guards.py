@@ -198,6 +198,23 @@ def test_structured_output_is_approved_to_both(run: Run, first: bool, text: str,
 
 @BOTH
 @ORDER
+@pytest.mark.parametrize("word", ["ONE", "TWO"])
+def test_a_run_that_either_ended_is_over_by_its_verdict(run: Run, first: bool, word: str) -> None:
+    """Where LangChain forgets that it is, behind another middleware's node."""
+
+    class After(AgentMiddleware[Any, Any, Any]):
+        def after_model(self, state: Any, runtime: Any) -> None:
+            """Nothing."""
+
+    both = [GuardMiddleware(KeywordBackend({one: 0.9}), on_block="end", name=one) for one in ("ONE", "TWO")]
+    model = Fake.saying(call(word, "Answer"))
+    agent = agent_of(model, After(), *both[:: 1 if first else -1], tools=[], response_format=ToolStrategy(Answer))
+    blocked = outcome(run, agent, said("Hello."))
+    assert str(blocked) == "blocked at tool_call: unsafe 0.90 (threshold 0.5)"
+
+
+@BOTH
+@ORDER
 @HOW
 def test_a_rejected_answer_stays_refused(run: Run, first: bool, how: Any) -> None:
     """And nobody goes on with it."""
