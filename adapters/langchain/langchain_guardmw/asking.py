@@ -139,6 +139,9 @@ class Asking:
         inside = getattr(request.model, "around", None)
         # Other middlewares may go to a thread between guards, or put something around the model.
         beside = outer is not None or isinstance(inside, Told)
+        same = outer is not None and outer._request.state is request.state  # noqa: SLF001 - of the same class
+        # Only one of an agent's guards may end its run: LangGraph takes no second jump.
+        self._ends = not (same or isinstance(inside, Told))
         for one in (outer and outer.kept, inside and getattr(inside, "source", None)):
             if isinstance(one, Kept):
                 one.beside = True
@@ -362,7 +365,7 @@ class Asking:
             # An agent without tools asks its model until it has an object, and a refusal is none.
             if self._on_block == "review":
                 update["guardmw_held"] = {self._name: ENDED}
-            else:
+            elif self._ends or refused is None:
                 update["jump_to"] = "end"
                 if refused is not None:
                     update["guardmw_over"] = (refused.id, self._verdict)
