@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from uuid import uuid4
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from langchain.agents.structured_output import StructuredOutputError
 
     from guardmw import Conversation, Turn
+    from langchain_guardmw.gate import Source
     from langchain_guardmw.history import History
 
     Request = ModelRequest[Any]
@@ -155,6 +156,7 @@ class Asking:
         self._approved: list[str] = state.get("guardmw_approved", ())
         held: dict[str, bytes] = state.get("guardmw_held") or {}
         self._holds = name in held
+        self._decided: AIMessage | None = None
         self._said: AIMessage | None = None
         self._streamed = b""
         self._place: str | None = None
@@ -251,11 +253,18 @@ class Asking:
 
     def _around(self) -> Told:
         gate, history, calls, kept = self._gate, self._history, self._calls, self.kept
+        within_another = isinstance(getattr(self._request.model, "around", None), Told)
+        if self._said and within_another:
+            # That one says it, and lets nothing out that it has not judged; its Blocked stays one.
+            return Told(replace(gate, on_block="raise"), "off", output=False, history=history)
         if self._said:
             return Told(gate, "off", output=False, source=Again(self._said), history=history)
         if kept or self._request.response_format is not None:
             gate = Telling(gate.guard, gate.stage, gate.on_block, gate.mode, gate.leak, gate.refusal, tell=self._tell)
-        return Told(gate, "off", calls=calls, source=kept or calls, history=history)
+        source: Source | None = kept or calls
+        if self._decided and not within_another:
+            source = Again(self._decided, source)
+        return Told(gate, "off", calls=calls, source=source, history=history)
 
     def _seen(self, at: int, message: BaseMessage) -> BaseMessage:
         told = self._instead.get(at, message)
@@ -382,6 +391,7 @@ class Asking:
                 continue
             # It stands where its refusal does, and is judged in the light of what came before that.
             self._place, self._before = pending.answer.id, messages[:at]
+            self._decided = pending.answer
             self._messages = self._messages[: _position(self._messages, pending.answer)]
             if name == self._name or self._is_approved(pending.answer):
                 self._said = pending.answer

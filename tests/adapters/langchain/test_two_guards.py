@@ -109,7 +109,10 @@ def test_an_approved_answer_is_judged_by_the_other_guard(run: Run, first: bool, 
     assert other.trials[-1] == "The ONE answer. "
     run(agent, said("And now?"), lambda _: None)
     assert texts(agent) == ["Hello.", "The ONE answer. ", "And now?", "Fine. "]
-    assert [one for one in other.trials if "ONE" in one][1:] == ["The ONE answer. "] * (not first)
+    judged = [one for one in other.trials if "ONE" in one]
+    assert set(judged) == {"The ONE answer. "}
+    # In a stream it is another message that comes out of a guard around it, and is judged as that.
+    assert len(judged) in ((1,) if first else (2, 3))
 
 
 @EVERY_RUN
@@ -155,6 +158,25 @@ def test_both_may_ask_about_one_answer(run: Run, first: bool, shape: str) -> Non
     assert first_time != second_time
     assert texts(agent)[1:] == ([f"{text} "] if shape == "text" else ["Wait. ", "Noted.", "Fine. "])
     assert [text] * (shape == "call") == NOTED
+
+
+@EVERY_RUN
+@ORDER
+@HOW
+def test_nobody_sees_an_edited_answer_before_the_other_guard_has_judged_it(run: Run, first: bool, how: Any) -> None:
+    """Not in any stream, whichever of them is nearer to the model; who raises does."""
+    both, other = guards(how, first=first)
+    model = Fake.saying("The ONE answer.")
+    agent = agent_of(model, *both, tools=[])
+    run(agent, said("Hello."), lambda _: None)
+    shown: list[Any] = []
+    blocked = outcome(run, agent, Command(resume={"type": "edit", "content": "A TWO answer."}), shown.append)
+    assert (blocked is not None) == (how == "raise")
+    # What a person is asked, and what they said.
+    assert "TWO" not in repr([one for one in shown if "nterrupt" not in repr(one) and "resume" not in repr(one)])
+    assert bool(agent.get_state(THREAD).interrupts) == (how == "review")
+    assert (texts(agent), len(model._asked)) == (["Hello.", REFUSAL], 1)
+    assert other.trials.count("A TWO answer.") == 1
 
 
 @BOTH
