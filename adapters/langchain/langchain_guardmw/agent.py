@@ -11,6 +11,7 @@ from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRespon
 from langchain.agents.middleware.types import PrivateStateAttr
 from langchain.agents.structured_output import StructuredOutputError
 from langchain_core.messages import AIMessage
+from langgraph.channels import UntrackedValue
 from langgraph.func import task
 from langgraph.types import interrupt
 
@@ -67,9 +68,12 @@ class GuardState(AgentState[Any]):
     Attributes:
         guardmw_approved: the keys of messages on which it has been decided: by a person who approved them, or by the
             guard that took blocked calls out of them.
+        guardmw_over: the id of the refusal that was to end this run, and the verdict; no checkpoint keeps it.
     """
 
     guardmw_approved: NotRequired[Annotated[list[str], PrivateStateAttr, operator.add]]
+    # Of two guards that refuse, either may have its say.
+    guardmw_over: NotRequired[Annotated[tuple[str, Any], UntrackedValue(tuple, guard=False), PrivateStateAttr]]
 
 
 def _updated(held: dict[str, bytes], changes: dict[str, bytes | None]) -> dict[str, bytes]:

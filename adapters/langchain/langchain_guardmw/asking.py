@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from uuid import uuid4
 
@@ -16,14 +15,15 @@ from langchain_core.outputs import ChatResult
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.types import Command
 
-from guardmw import Blocked
+from guardmw import Blocked, Verdict
 from guardmw.identifiers import is_mark
-from langchain_guardmw.calls import BLOCKED_CALLS, TOOL_GUARD, Calls, names_of
+from guardmw.verdict import Coverage
+from langchain_guardmw.calls import TOOL_GUARD, Calls, names_of
 from langchain_guardmw.gate import Around, Gate, quoted
 from langchain_guardmw.model import stand_in
-from langchain_guardmw.outcome import log, refusal, refuses, strictest, verdict_of
+from langchain_guardmw.outcome import log, refusal, refuses, strictest
 from langchain_guardmw.parts import as_mark, is_role, unsaid, within
-from langchain_guardmw.source import Again, Keeping, Kept
+from langchain_guardmw.source import Again, Kept, Telling
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from langchain.agents.middleware import ModelRequest
     from langchain.agents.structured_output import StructuredOutputError
 
-    from guardmw import Conversation, Turn, Verdict
+    from guardmw import Conversation, Turn
+    from langchain_guardmw.gate import Source
     from langchain_guardmw.history import History
 
     Request = ModelRequest[Any]
@@ -45,8 +46,8 @@ OnBlock = Literal["raise", "end", "replace", "review"]
 WITHHELD = "[Withheld by policy.]"
 # In the place of an answer that is held: the run is over. A jump would not last through the nodes after the model.
 ENDED = b""
-# What is decided where a refusal has ended a run.
-_OVER = b"over"
+# Of a refusal that is another's: what such a message says of itself anybody may have written.
+_UNTOLD = Verdict("block", "output", (), None, Coverage(0, 0), reason="a refusal that ended the run")
 
 # Who is asking this model already: another guard of the same agent, if any.
 _OUTER: ContextVar[Asking | None] = ContextVar("_OUTER", default=None)
@@ -134,9 +135,14 @@ class Asking:
         by = TOOL_GUARD.get()
         # An agent that runs within another's model call has tools of its own.
         calls = self._calls = Calls(by, history) if by is not None and by.state is request.state else None
-        outer, inside = _OUTER.get(), getattr(request.model, "around", None)
+        self._verdict = _UNTOLD
+        self._outer = outer = _OUTER.get()
+        inside = getattr(request.model, "around", None)
         # Other middlewares may go to a thread between guards, or put something around the model.
         beside = outer is not None or isinstance(inside, Told)
+        same = outer is not None and outer._request.state is request.state  # noqa: SLF001 - of the same class
+        # Only one of an agent's guards may end its run: LangGraph takes no second jump.
+        self._ends = not (same or isinstance(inside, Told))
         for one in (outer and outer.kept, inside and getattr(inside, "source", None)):
             if isinstance(one, Kept):
                 one.beside = True
@@ -150,6 +156,7 @@ class Asking:
         self._approved: list[str] = state.get("guardmw_approved", ())
         held: dict[str, bytes] = state.get("guardmw_held") or {}
         self._holds = name in held
+        self._decided: AIMessage | None = None
         self._said: AIMessage | None = None
         self._streamed = b""
         self._place: str | None = None
@@ -191,8 +198,7 @@ class Asking:
             self._prompt.take(verdicts[:count])
             verdicts, of_prompt = verdicts[count:], self._prompt.withheld
         self._trial.take(verdicts)
-        if self._request.response_format is not None and self._approved:
-            self._stop()
+        self._stop()
         withheld = self._trial.withheld
         if not withheld and not of_prompt:
             return
@@ -210,20 +216,30 @@ class Asking:
         elif self._on_block == "raise":
             raise Blocked(verdict)
         else:
+            self._hear(verdict)
             self.refusal = refusal(AIMessage(""), verdict, text=self._gate.refusal)
 
     def _stop(self) -> None:
         """Ask nobody again where a refusal was to end the run: LangChain forgets that behind other middlewares' nodes.
 
         Raises:
-            Blocked: one has been given in this turn.
+            Blocked: one has been given in this run, and no user has spoken since.
         """
-        for message in self._messages[self._trial.begin() :]:
-            if isinstance(message, AIMessage) and refuses(message) and self._over(message) in self._approved:
-                raise Blocked(verdict_of(message))
+        state: Any = self._request.state
+        id_, verdict = state.get("guardmw_over") or ("", _UNTOLD)
+        if id_ and any(message.id == id_ for message in self._messages[self._trial.begin() :]):
+            raise Blocked(verdict)
 
-    def _over(self, refused: AIMessage) -> str:
-        return self._history.approved(((refused.id or "").encode(),), _OVER)
+    def _hear(self, verdict: Verdict) -> None:
+        """A verdict that withholds, of this guard or of one that it has around its model."""
+        self._verdict = verdict
+        if self._outer is not None:
+            self._outer._hear(verdict)  # noqa: SLF001 - of the same class
+
+    def _tell(self, verdict: Verdict) -> None:
+        self._hear(verdict)
+        if self.kept:
+            self.kept.withhold()
 
     def request(self) -> Request:
         """What the model is asked, and by whom."""
@@ -237,11 +253,18 @@ class Asking:
 
     def _around(self) -> Told:
         gate, history, calls, kept = self._gate, self._history, self._calls, self.kept
+        within_another = isinstance(getattr(self._request.model, "around", None), Told)
+        if self._said and within_another:
+            # That one says it, and lets nothing out that it has not judged; its Blocked stays one.
+            return Told(replace(gate, on_block="raise"), "off", output=False, history=history)
         if self._said:
             return Told(gate, "off", output=False, source=Again(self._said), history=history)
-        if kept:
-            gate = Keeping(gate.guard, gate.stage, gate.on_block, gate.mode, gate.leak, gate.refusal, kept=kept)
-        return Told(gate, "off", calls=calls, source=kept or calls, history=history)
+        if kept or self._request.response_format is not None:
+            gate = Telling(gate.guard, gate.stage, gate.on_block, gate.mode, gate.leak, gate.refusal, tell=self._tell)
+        source: Source | None = kept or calls
+        if self._decided and not within_another:
+            source = Again(self._decided, source)
+        return Told(gate, "off", calls=calls, source=source, history=history)
 
     def _seen(self, at: int, message: BaseMessage) -> BaseMessage:
         told = self._instead.get(at, message)
@@ -271,6 +294,7 @@ class Asking:
         verdict = strictest(verdicts)
         if verdict is not None:
             stray: Any = response.result[at]
+            self._hear(verdict)
             response.result[at] = self._gate.withheld(stray, verdict)
             if self.kept:
                 self.kept.answer = stray
@@ -350,10 +374,10 @@ class Asking:
             # An agent without tools asks its model until it has an object, and a refusal is none.
             if self._on_block == "review":
                 update["guardmw_held"] = {self._name: ENDED}
-            else:
+            elif self._ends or refused is None:
                 update["jump_to"] = "end"
                 if refused is not None:
-                    update["guardmw_approved"] = [self._over(refused)]
+                    update["guardmw_over"] = (refused.id, self._verdict)
         return ExtendedModelResponse(response, Command(update=update)) if update else response
 
     def _go_on(self, held: dict[str, bytes]) -> None:
@@ -367,9 +391,7 @@ class Asking:
                 continue
             # It stands where its refusal does, and is judged in the light of what came before that.
             self._place, self._before = pending.answer.id, messages[:at]
-            if self._calls:
-                noted = pending.answer.response_metadata.get(BLOCKED_CALLS)
-                self._calls.emptied = noted if isinstance(noted, Mapping) else ()
+            self._decided = pending.answer
             self._messages = self._messages[: _position(self._messages, pending.answer)]
             if name == self._name or self._is_approved(pending.answer):
                 self._said = pending.answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import compress
@@ -14,7 +15,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_guardmw.parts import Beside, is_plain, spoken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 
     from langchain_core.messages import BaseMessage
     from langchain_core.tools import BaseTool
@@ -74,14 +75,12 @@ class Calls:
 
     Attributes:
         reads: reads the answer, which others read too.
-        emptied: the ids of those that were blocked when it was said first: a verdict on what is left is none on them.
         judged: they have been, all of them.
         blocked: some of them have been.
     """
 
     by: ToolGuard
     reads: Reads
-    emptied: Collection[str] = ()
     judged: bool = field(default=False, init=False)
     blocked: bool = field(default=False, init=False)
 
@@ -165,8 +164,9 @@ class Calls:
         }
         self.blocked = bool(blocked)
         asked = self.by.asking(self._emptied(message, blocked)) if blocked else asked
-        if self.emptied:
-            left = [call["id"] not in self.emptied for call in message.tool_calls]
+        # By another guard, or when it was said first: a verdict on what is left of a call is none on the call.
+        if emptied := _noted(message):
+            left = [call["id"] not in emptied for call in message.tool_calls]
             asked, verdicts = list(compress(asked, left)), list(compress(verdicts, left))
         self.by.keep(asked, verdicts)
         return blocked
@@ -199,7 +199,7 @@ class Calls:
         # By themselves: in the name of a provider they would have to be written as that one does.
         calls = AIMessageChunk(
             content="",
-            response_metadata={BLOCKED_CALLS: blocked},
+            response_metadata={BLOCKED_CALLS: {**_noted(message), **blocked}},
             tool_call_chunks=pieces,
             id=emptied.id,
             chunk_position="last",
@@ -215,7 +215,7 @@ class Calls:
         return AIMessage(
             content,
             additional_kwargs={key: value for key, value in message.additional_kwargs.items() if key not in _COPIES},
-            response_metadata={**message.response_metadata, BLOCKED_CALLS: blocked},
+            response_metadata={**message.response_metadata, BLOCKED_CALLS: {**_noted(message), **blocked}},
             usage_metadata=message.usage_metadata,
             tool_calls=[
                 # The name of no tool is the model's own text.
@@ -227,6 +227,12 @@ class Calls:
             id=message.id,
             name=message.name,
         )
+
+
+def _noted(message: AIMessage) -> Mapping[str, Any]:
+    """The verdicts on calls of it that were blocked before, by their ids."""
+    noted = message.response_metadata.get(BLOCKED_CALLS)
+    return noted if isinstance(noted, Mapping) else {}
 
 
 def names_of(tools: Iterable[BaseTool | dict[str, Any]]) -> frozenset[str]:

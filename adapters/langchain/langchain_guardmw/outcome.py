@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGeneration, ChatResult
 
-from guardmw import Blocked, Scores, Verdict
-from guardmw.verdict import Coverage, Violation
+from guardmw import Blocked
 from langchain_guardmw.parts import as_mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from langchain_core.messages import BaseMessage
+
+    from guardmw import Verdict
 
 log = logging.getLogger("guardmw")
 
@@ -56,19 +57,6 @@ def refusal_metadata(verdict: dict[str, Any]) -> dict[str, Any]:
 def refuses(message: BaseMessage) -> bool:
     """Whether the message is a refusal of ours, or ends in one."""
     return "guardmw" in message.response_metadata
-
-
-def verdict_of(refused: BaseMessage) -> Verdict:
-    """The verdict that a refusal holds; whoever can write messages can write that, too."""
-    told: dict[str, Any] = refused.response_metadata["guardmw"]
-    return Verdict(
-        **told
-        | {
-            "violations": tuple(Violation(**one) for one in told["violations"]),
-            "scores": Scores(**told["scores"]) if told["scores"] else None,
-            "coverage": Coverage(**told["coverage"] | {"media": tuple(told["coverage"]["media"])}),
-        }
-    )
 
 
 def refusal(value: object, verdict: Verdict, *, text: str = REFUSAL) -> Any:  # noqa: ANN401 - of the value's own type

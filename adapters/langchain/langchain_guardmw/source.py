@@ -13,12 +13,13 @@ from langchain_guardmw.model import as_chunk
 from langchain_guardmw.outcome import refuses
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 
     from langchain_core.messages import BaseMessage
 
     from guardmw import Verdict
     from langchain_guardmw.calls import Calls
+    from langchain_guardmw.gate import Source
 
 
 class Kept:
@@ -69,10 +70,15 @@ class Kept:
 
 
 class Again:
-    """An answer on which a person has decided: the model is not asked."""
+    """An answer on which a person has decided: the model is not asked.
 
-    def __init__(self, said: AIMessage) -> None:
+    Args:
+        then: is given it as the model's.
+    """
+
+    def __init__(self, said: AIMessage, then: Source | None = None) -> None:
         self._said = ChatResult(generations=[ChatGeneration(message=said)])
+        self._then = then
 
     @property
     def streamed(self) -> BaseMessage:
@@ -80,26 +86,33 @@ class Again:
         return message_chunk_to_message(as_chunk(self._said).message)
 
     def run(self, run: Callable[[], Any]) -> Any:  # noqa: ANN401, ARG002, D102
-        return self._said
+        return self._then.run(lambda: self._said) if self._then else self._said
 
     async def arun(self, run: Callable[[], Coroutine[Any, Any, Any]]) -> Any:  # noqa: ANN401, ARG002, D102
-        return self._said
+        async def given() -> ChatResult:
+            return self._said
+
+        return await (self._then.arun(given) if self._then else given())
 
     def chunks(self, run: Callable[[], Iterator[Any]]) -> Iterator[Any]:  # noqa: ARG002, D102
-        yield as_chunk(self._said)
+        given = iter([as_chunk(self._said)])
+        return self._then.chunks(lambda: given) if self._then else given
 
-    async def achunks(self, run: Callable[[], AsyncIterator[Any]]) -> AsyncIterator[Any]:  # noqa: ARG002, D102
-        yield as_chunk(self._said)
+    def achunks(self, run: Callable[[], AsyncIterator[Any]]) -> AsyncIterator[Any]:  # noqa: ARG002, D102
+        async def given() -> AsyncGenerator[ChatGenerationChunk, None]:
+            yield as_chunk(self._said)
+
+        return self._then.achunks(given) if self._then else given()
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping(Gate):
-    """Has kept what it withholds."""
+class Telling(Gate):
+    """Tells of each verdict by which it withholds."""
 
-    kept: Kept = field(kw_only=True)
+    tell: Callable[[Verdict], None] = field(kw_only=True)
 
     def withheld(self, value: object, verdict: Verdict, *, started: bool = False) -> Any:  # noqa: ANN401, D102
-        self.kept.withhold()
+        self.tell(verdict)
         # Not super(): a class with slots is made anew.
         return Gate.withheld(self, value, verdict, started=started)
 

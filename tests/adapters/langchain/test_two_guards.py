@@ -49,7 +49,7 @@ def _nothing_noted() -> None:
 
 
 @tool
-def note(text: str) -> str:
+def note(text: str = "everything") -> str:
     """Note something."""
     NOTED.append(text)
     return "Noted."
@@ -82,6 +82,14 @@ def guards(how: Any, *, first: bool = True, word: str = "TWO") -> tuple[list[Any
     return (both if first else both[::-1]), other
 
 
+def calls_of(text: str, *noted: str) -> list[AIMessageChunk]:
+    """An answer that has these noted, after a few words."""
+    pieces: list[Any] = [
+        {"name": "note", "args": '{"text": "' + one + '"}', "id": str(at), "index": at} for at, one in enumerate(noted)
+    ]
+    return [AIMessageChunk(content=text), AIMessageChunk(content="", tool_call_chunks=pieces)]
+
+
 ORDER = pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 HOW = pytest.mark.parametrize("how", ["raise", "end", "replace", "review"])
 
@@ -101,7 +109,10 @@ def test_an_approved_answer_is_judged_by_the_other_guard(run: Run, first: bool, 
     assert other.trials[-1] == "The ONE answer. "
     run(agent, said("And now?"), lambda _: None)
     assert texts(agent) == ["Hello.", "The ONE answer. ", "And now?", "Fine. "]
-    assert [one for one in other.trials if "ONE" in one][1:] == ["The ONE answer. "] * (not first)
+    judged = [one for one in other.trials if "ONE" in one]
+    assert set(judged) == {"The ONE answer. "}
+    # In a stream it is another message that comes out of a guard around it, and is judged as that.
+    assert len(judged) in ((1,) if first else (2, 3))
 
 
 @EVERY_RUN
@@ -149,6 +160,25 @@ def test_both_may_ask_about_one_answer(run: Run, first: bool, shape: str) -> Non
     assert [text] * (shape == "call") == NOTED
 
 
+@EVERY_RUN
+@ORDER
+@HOW
+def test_nobody_sees_an_edited_answer_before_the_other_guard_has_judged_it(run: Run, first: bool, how: Any) -> None:
+    """Not in any stream, whichever of them is nearer to the model; who raises does."""
+    both, other = guards(how, first=first)
+    model = Fake.saying("The ONE answer.")
+    agent = agent_of(model, *both, tools=[])
+    run(agent, said("Hello."), lambda _: None)
+    shown: list[Any] = []
+    blocked = outcome(run, agent, Command(resume={"type": "edit", "content": "A TWO answer."}), shown.append)
+    assert (blocked is not None) == (how == "raise")
+    # What a person is asked, and what they said.
+    assert "TWO" not in repr([one for one in shown if "nterrupt" not in repr(one) and "resume" not in repr(one)])
+    assert bool(agent.get_state(THREAD).interrupts) == (how == "review")
+    assert (texts(agent), len(model._asked)) == (["Hello.", REFUSAL], 1)
+    assert other.trials.count("A TWO answer.") == 1
+
+
 @BOTH
 @ORDER
 @pytest.mark.parametrize("moved", [False, True])
@@ -190,6 +220,23 @@ def test_structured_output_is_approved_to_both(run: Run, first: bool, text: str,
 
 @BOTH
 @ORDER
+@pytest.mark.parametrize("word", ["ONE", "TWO"])
+def test_a_run_that_either_ended_is_over_by_its_verdict(run: Run, first: bool, word: str) -> None:
+    """Where LangChain forgets that it is, behind another middleware's node."""
+
+    class After(AgentMiddleware[Any, Any, Any]):
+        def after_model(self, state: Any, runtime: Any) -> None:
+            """Nothing."""
+
+    both = [GuardMiddleware(KeywordBackend({one: 0.9}), on_block="end", name=one) for one in ("ONE", "TWO")]
+    model = Fake.saying(call(word, "Answer"))
+    agent = agent_of(model, After(), *both[:: 1 if first else -1], tools=[], response_format=ToolStrategy(Answer))
+    blocked = outcome(run, agent, said("Hello."))
+    assert str(blocked) == "blocked at tool_call: unsafe 0.90 (threshold 0.5)"
+
+
+@BOTH
+@ORDER
 @HOW
 def test_a_rejected_answer_stays_refused(run: Run, first: bool, how: Any) -> None:
     """And nobody goes on with it."""
@@ -205,21 +252,45 @@ def test_a_rejected_answer_stays_refused(run: Run, first: bool, how: Any) -> Non
 @ORDER
 def test_calls_of_an_approved_answer_are_for_the_guard_of_the_tools(run: Run, first: bool) -> None:
     """It blocks one, and that is not made when the answer is said again, though nothing is left of it to judge."""
-
-    def two(*texts: str) -> list[AIMessageChunk]:
-        pieces: list[Any] = [
-            {"name": "note", "args": '{"text": "' + text + '"}', "id": str(at), "index": at}
-            for at, text in enumerate(texts)
-        ]
-        return [AIMessageChunk(content="ONE. "), AIMessageChunk(content="", tool_call_chunks=pieces)]
-
     both, _ = guards("end", first=first)
-    model, of_tools = Fake.saying(two("milk", "EVIL"), "Fine."), ToolGuardMiddleware(KeywordBackend({"EVIL": 0.99}))
+    model = Fake.saying(calls_of("ONE. ", "milk", "EVIL"), "Fine.")
+    of_tools = ToolGuardMiddleware(KeywordBackend({"EVIL": 0.99}))
     agent = agent_of(model, of_tools, *both, tools=[note])
     run(agent, said("Hello."), lambda _: None)
     assert NOTED == []
     run(agent, Command(resume="approve"), lambda _: None)
     assert NOTED == ["milk"]
+    assert texts(agent)[-1] == "Fine. "
+
+
+@EVERY_RUN
+@ORDER
+def test_a_call_that_is_blocked_is_not_made_where_two_guards_have_it_judged(run: Run, first: bool) -> None:
+    """The second has what the first left of it judged, which is no verdict on the call."""
+    both, _ = guards("end", first=first)
+    model = Fake.saying(calls_of("Wait. ", "EVIL", "milk"), "Fine.")
+    agent = agent_of(model, ToolGuardMiddleware(KeywordBackend({"EVIL": 0.99})), *both, tools=[note])
+    run(agent, said("Hello."), lambda _: None)
+    assert NOTED == ["milk"]
+    assert texts(agent)[-1] == "Fine. "
+
+
+@EVERY_RUN
+def test_calls_stay_blocked_where_a_second_verdict_blocks_others(run: Run) -> None:
+    """A judge that goes by what it heard before blocks one for each guard, and neither is made."""
+
+    class Moody(Witness):
+        def classify(self, conversations: Sequence[Conversation]) -> list[Scores]:
+            """First EVIL is unsafe, and then milk."""
+            scores = super().classify(conversations)
+            self._words = {"milk": 0.99}
+            return scores
+
+    both, _ = guards("end")
+    model = Fake.saying(calls_of("Wait. ", "milk", "EVIL"), "Fine.")
+    agent = agent_of(model, ToolGuardMiddleware(Moody("EVIL")), *both, tools=[note])
+    run(agent, said("Hello."), lambda _: None)
+    assert NOTED == []
     assert texts(agent)[-1] == "Fine. "
 
 
