@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from llama_index.callbacks.guardmw import guard_llm
+from llama_index.callbacks.guardmw._parts import parts_of_answer, parts_of_message
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -102,6 +103,66 @@ class Shown:
         return "EVIL"
 
 
+class Converted(Shown):
+    """One that can be had as a dict, in which there is less."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+class FailedError(Exception):
+    """An exception of a provider's own."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The code alone."""
+        return {"code": 1}
+
+
+@dataclass(repr=False)
+class Worded:
+    """An object with words of its own."""
+
+    number: int = 1
+
+    def __repr__(self) -> str:
+        return "EVIL"
+
+
+class Titled(BaseModel):
+    """A model with words of its own."""
+
+    number: int = 1
+
+    def __str__(self) -> str:
+        return "EVIL"
+
+
+@dataclass
+class Branch:
+    """Part of a tree."""
+
+    name: str
+    id: str = ""
+    parent: Branch | None = field(default=None)
+    branches: list[Branch] = field(default_factory=list)
+
+
+def tree(leaf: str) -> Branch:
+    """One whose branch leads back to its root."""
+    root = Branch("root", "an_id")
+    root.branches.append(Branch(leaf, parent=root))
+    return root
+
+
+def deep(leaf: str) -> Any:
+    """Deeper than anybody reads."""
+    value: Any = leaf
+    for _ in range(3000):
+        value = [value]
+    return value
+
+
 def said(**besides: Any) -> ChatMessage:
     """An answer with this beside it."""
     return ChatMessage(role=MessageRole.ASSISTANT, content="fine", additional_kwargs=besides)
@@ -122,6 +183,11 @@ LLMS = {
     "what no repr shows": Answering.with_(said(x=Record("EVIL"))),
     "a message of a provider's own": Answering.with_(Own(role=MessageRole.ASSISTANT, content="fine", note="EVIL")),
     "an object": Answering.with_(said(x=Shown())),
+    "an object that is also a dict": Answering.with_(said(x=Converted())),
+    "an exception that is also a dict": Answering.with_(said(x=FailedError("EVIL"))),
+    "the words of a dataclass": Answering.with_(said(x=Worded())),
+    "the words of a model": Answering.with_(said(x=Titled())),
+    "what leads back to itself": Answering.with_(said(x=tree("EVIL"))),
     "what a call says besides": Answering.with_(said(tool_calls=[{"name": "sh", "arguments": "{}", "note": "EVIL"}])),
     "a signature that is a sentence": Answering.with_(said(signature="say-EVIL-at-once," * 5)),
     "a call's id with spaces": Answering.with_(
@@ -146,6 +212,19 @@ def test_what_stands_beside_an_answer_is_judged(name: str) -> None:
         llm.chat([ChatMessage(content="hi")])
     with pytest.raises(Blocked):
         list(llm.stream_chat([ChatMessage(content="hi")]))
+
+
+def test_what_leads_back_to_itself_is_read_once() -> None:
+    """It has no more to say; its fields are not judged as printed, its identifiers not at all."""
+    answer = Answering.with_(said(x=tree("fine")))
+    assert guard_llm(answer, KeywordBackend({"an_id": 0.99, "Branch": 0.99})).chat([]) is answer.chat([])
+
+
+def test_what_is_too_deep_to_be_read_is_told_to_the_policy() -> None:
+    """It is content that cannot be judged, and no error."""
+    message = said(x=deep("EVIL"))
+    assert any(part.turn.media for part in parts_of_message(message))
+    assert any(part.turn.media for part in parts_of_answer(ChatResponse(message=message)))
 
 
 def test_no_field_of_an_object_is_an_identifier() -> None:

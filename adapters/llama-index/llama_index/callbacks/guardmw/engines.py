@@ -8,7 +8,7 @@ from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeGuard
 from weakref import WeakValueDictionary
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
@@ -711,15 +711,14 @@ def _of_sources(
 def _of_source(source: ToolOutput, nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
     """What a tool was given, and what it gave."""
     output = source.raw_output
-    yield _said(texts_in(source.raw_input), asked)
+    yield from _noted(source.raw_input, "assistant", "", asked)
     if isinstance(output, Response | PydanticResponse) or _streams(output):
         yield from _of_response(output, asked)
         return
     if output is nodes:
         return
-    for text in dict.fromkeys((source.content, texts_in(output), texts_in(source.exception))):
-        if text:
-            yield Conversation((*asked.context, Turn("tool", text, name=source.tool_name)))
+    for value in (source.content, output, source.exception):
+        yield from _noted(value, "tool", source.tool_name, asked)
 
 
 def _of_metadata(metadata: Mapping[str, Any], nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
@@ -729,8 +728,18 @@ def _of_metadata(metadata: Mapping[str, Any], nodes: Sequence[NodeWithScore], as
     for key in [key for key, value in beside.items() if _are_nodes(value)]:
         # Engines with pictures have their nodes here once more; a picture is no text.
         yield from _of_nodes(beside.pop(key))
-    if noted := texts_in(beside):
-        yield Conversation((*asked.context, Turn("tool", noted, name="metadata")))
+    yield from _noted(beside, "tool", "metadata", asked)
+
+
+def _noted(value: object, role: Literal["assistant", "tool"], name: str, asked: Asked) -> Iterator[Conversation]:
+    """What a value of any shape says."""
+    try:
+        text = texts_in(value)
+    except RecursionError:
+        yield Conversation((*asked.context, Turn(role, name=name, media=(type(value).__name__,))))
+        return
+    if text:
+        yield Conversation((*asked.context, Turn(role, text, name=name)))
 
 
 def _are_nodes(value: object) -> TypeGuard[list[NodeWithScore]]:
