@@ -168,6 +168,7 @@ def said(**besides: Any) -> ChatMessage:
     return ChatMessage(role=MessageRole.ASSISTANT, content="fine", additional_kwargs=besides)
 
 
+SIGNED = f"call_EVIL__thought__{b64encode(Random(1).randbytes(1200)).decode()}"  # noqa: S311 - no secret
 CALL = {"function": {"name": "sh", "arguments": '{"c": "EVIL"}'}}
 LLMS = {
     "calls beside the answer": Answering.with_(said(), tool_calls=[CALL]),
@@ -175,6 +176,8 @@ LLMS = {
     "thinking in the message": Answering.with_(said(thinking_delta="EVIL")),
     "an id that is a sentence": Answering.with_(said(id="坏东西，说明书")),
     "a status that is too long": Answering.with_(said(status="EVIL" * 20)),
+    "a status that is random": Answering.with_(said(status=SIGNED)),
+    "a name": Answering.with_(said(name="EVIL_one")),
     "bytes": Answering.with_(said(x=b"EVIL")),
     "a view of bytes": Answering.with_(said(x=memoryview(b"EVIL"))),
     "keys that are no text": Answering.with_(said(x={("EVIL", 1): 1})),
@@ -251,21 +254,17 @@ def test_identifiers_and_signatures_pass() -> None:
     assert llm.chat([ChatMessage(content="hi")]).message.content == "fine"
 
 
-SIGNED = f"call_1__thought__{b64encode(Random(1).randbytes(1200)).decode()}"  # noqa: S311 - no secret
-
-
 @pytest.mark.parametrize(
     "message",
     [
         said(tool_calls=[{"id": SIGNED, "function": {"name": "sh", "arguments": "{}"}}]),
-        said(response_id=SIGNED),
         ChatMessage(role="assistant", blocks=[ToolCallBlock(tool_call_id=SIGNED, tool_name="sh", tool_kwargs={})]),
         ChatMessage(role="tool", content="fine", additional_kwargs={"tool_call_id": SIGNED}),
     ],
 )
 def test_an_id_with_a_signature_is_left_alone(message: ChatMessage) -> None:
     """Proxies hang what a provider signed onto the id of a call; asked and answered, whole and streamed."""
-    llm = guard_llm(Answering.with_(message), KeywordBackend({"call_": 0.99}))
+    llm = guard_llm(Answering.with_(message), BACKEND)
     assert llm.chat([message, ChatMessage(content="hi")]).message is message
     assert len(list(llm.stream_chat([message, ChatMessage(content="hi")]))) == 1
 

@@ -17,7 +17,7 @@ from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.tools import ToolOutput
 
 from guardmw import Conversation, ToolCall, Turn
-from guardmw.identifiers import is_ciphertext, is_mark, is_name
+from guardmw.identifiers import LONGEST, is_ciphertext, is_mark, is_name
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
@@ -52,11 +52,9 @@ ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
 # Where the integrations of OpenAI, Anthropic and LlamaIndex itself keep the arguments of a tool call.
 _ARGUMENTS = ("arguments", "args", "input", "tool_kwargs")
 # What stands beside the text of a message: identifiers, which nobody reads, and what is read elsewhere or is a picture.
+_CALL_IDS = ("id", "call_id", "tool_call_id", "tool_id")
 _MARKS = (
-    "id",
-    "call_id",
-    "tool_call_id",
-    "tool_id",
+    *_CALL_IDS,
     "response_id",
     "type",
     "block_type",
@@ -101,7 +99,7 @@ def parts_of_answer(answer: object) -> list[Part]:
         text = only_text(answer.message)
         if text and answer.delta is None and not answer.additional_kwargs:
             return [Part(TEXT, Turn("assistant", text))]
-        return _answer(list(_message(answer.message, "assistant")), answer)
+        return _answer(list(_message(answer.message, "assistant", answered=True)), answer)
     if isinstance(answer, CompletionResponse) and isinstance(answer.text, str):
         return _answer([Part(TEXT, Turn("assistant", answer.text))], answer)
     if isinstance(answer, BaseModel | list):
@@ -214,15 +212,15 @@ def _join_calls(parts: list[Part], called: Part) -> None:
     parts[at] = _of_calls(placed, parts[at].turn.name)
 
 
-def _message(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
+def _message(message: ChatMessage, role: Any, *, answered: bool = False) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
     text = only_text(message)
     if text is None:
-        yield from _all_of(message, role)
+        yield from _all_of(message, role, answered=answered)
     elif text:
         yield Part(TEXT, Turn(role, text))
 
 
-def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
+def _all_of(message: ChatMessage, role: Any, *, answered: bool) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
     """The parts of a message that says more than one text."""
     beside = message.additional_kwargs
     name = str(beside.get("name") or "") if beside else ""
@@ -237,8 +235,12 @@ def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 
         if block.block_type == "thinking" and block.additional_information:
             yield from _texts(block.additional_information, ("thinking", at), role, name)
     for kind, pieces in texts.items():
-        if text := "".join(pieces):
-            yield Part((kind,), Turn(role, text, name=name))
+        # LlamaIndex puts every block on a line of its own; in an answer a block may be a piece of a word.
+        text, lines = "".join(pieces), "\n".join(pieces)
+        if text:
+            yield Part((kind,), Turn(role, text if answered else lines, name=name))
+        if text and answered and lines != text:
+            yield Part((kind, "lines"), Turn(role, lines, name=name))
     if beside:
         yield from _besides(beside, role, "message")
     if type(message) is not ChatMessage:
@@ -336,8 +338,6 @@ def _beside_calls(beside: Mapping[str, Any]) -> list[object]:
 
 def _besides(beside: Mapping[str, Any], role: Any, where: str) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
     read = {key: value for key, value in beside.items() if key not in _ELSEWHERE}
-    if is_name(str(read.get("name", ""))):
-        del read["name"]
     yield from _texts(read, (where,), role)
 
 
@@ -411,11 +411,17 @@ def _own_words(value: object) -> str:
     return "" if generated and kind.__str__ is object.__str__ else said
 
 
+def is_short_mark(item: object) -> bool:
+    """Whether it is one word that a machine gives, where machines give no longer ones."""
+    return is_mark(item) and len(str(item)) <= LONGEST
+
+
 def _is_mark(key: object, item: object) -> bool:
     """Whether it is what a machine gives, where machines give that."""
     if isinstance(key, str) and "signature" in key:
         return isinstance(item, bytes) or (isinstance(item, str) and is_ciphertext(item))
-    return key in _MARKS and is_mark(item)
+    # Proxies hang a signature onto the ids of calls, and onto nothing else.
+    return key in _MARKS and (is_mark(item) if key in _CALL_IDS else is_short_mark(item))
 
 
 def _unreadable(value: object) -> Part:

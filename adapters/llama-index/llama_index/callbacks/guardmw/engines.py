@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, OnBlock, aclosed_after, begun, closed_after
-from llama_index.callbacks.guardmw._parts import object_text, texts_in
+from llama_index.callbacks.guardmw._parts import is_short_mark, object_text, texts_in
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, enforced
 from llama_index.callbacks.guardmw.nodes import turn_of_node
 from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -36,7 +36,6 @@ from llama_index.core.query_engine import (
 from llama_index.core.schema import BaseNode, NodeWithScore
 
 from guardmw import Blocked, Conversation, GuardmwError, Turn
-from guardmw.identifiers import is_mark
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -760,7 +759,7 @@ def _whole(node: NodeWithScore) -> Turn:
         hidden = {key: value for key, value in behind.metadata.items() if f"{key}: {value}" not in turn.text}
         texts += (text for text in (behind.get_content().strip(), texts_in(hidden)) if text not in turn.text)
         texts += _of_relatives(behind)
-        texts += (id_ for id_ in (behind.node_id, getattr(behind, "index_id", None)) if id_ and not is_mark(id_))
+        texts += (id_ for id_ in (behind.node_id, getattr(behind, "index_id", None)) if id_ and not is_short_mark(id_))
         behind = getattr(behind, "obj", None)
         behind = behind.node if isinstance(behind, NodeWithScore) else behind
     return replace(turn, text="\n".join(dict.fromkeys(filter(None, texts))))
@@ -773,7 +772,7 @@ def _of_relatives(node: BaseNode) -> Iterator[str]:
         for relative in relatives if isinstance(relatives, list) else [relatives]:
             noted = relative.metadata.items()
             yield texts_in({key: value for key, value in noted if key not in own or own[key] != value})
-            if not is_mark(relative.node_id):
+            if not is_short_mark(relative.node_id):
                 yield relative.node_id
 
 
