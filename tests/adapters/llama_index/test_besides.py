@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from llama_index.callbacks.guardmw import guard_llm
 from llama_index.callbacks.guardmw._parts import parts_of_answer, parts_of_message
+from llama_index.callbacks.guardmw.engines import _of_nodes
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -23,6 +24,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
 from llama_index.core.llms import MockLLM
 from llama_index.core.prompts import PromptTemplate
+from llama_index.core.schema import NodeWithScore, TextNode
 
 from guardmw import Blocked
 from guardmw.testing import KeywordBackend
@@ -275,3 +277,10 @@ def test_a_stream_may_carry_what_cannot_be_copied() -> None:
     (chunk,) = guard_llm(Answering.with_(said(x={"lock": lock, "notes": notes})), BACKEND).stream_chat([])
     notes.append("EVIL")
     assert chunk.message.additional_kwargs == {"x": {"lock": lock, "notes": ["fine"]}}
+
+
+def test_an_id_of_a_node_is_judged_unless_it_is_short() -> None:
+    """Documents give it; nobody hangs a signature onto it."""
+    for id_, judged in ((SIGNED, True), ("EVIL_1", False)):
+        (trial,) = _of_nodes([NodeWithScore(node=TextNode(text="fine", id_=id_))])
+        assert ("EVIL" in trial.last.text) is judged

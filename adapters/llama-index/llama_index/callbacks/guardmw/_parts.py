@@ -402,7 +402,7 @@ def _own_words(value: object) -> str:
     kind, said = type(value), str(value)
     if isinstance(value, BaseModel):
         listed = [getattr(kind, name) is getattr(BaseModel, name) for name in ("__repr_str__", "__repr_args__")]
-        generated = not kind.model_computed_fields and all(listed)
+        generated = not type(value).model_computed_fields and all(listed)
         # OpenAI's own print themselves in the second way.
         return "" if generated and said in (BaseModel.__str__(value), BaseModel.__repr__(value)) else said
     # Nothing but its place tells a __repr__ that was made for a dataclass: it is in no file.
