@@ -63,9 +63,19 @@ def test_reads_a_role_that_was_assigned_as_a_str() -> None:
 
 @given(st.lists(st.text(), min_size=1))
 def test_no_character_of_a_text_is_lost(texts: list[str]) -> None:
-    """Blocks of text are one text, whose parts may belong together."""
-    parts = parts_of_message(ChatMessage(blocks=[TextBlock(text=text) for text in texts]))
-    assert "".join(part.turn.text for part in parts) == "".join(texts)
+    """Blocks of text are one text, a line for each, as LlamaIndex gives it to models."""
+    message = ChatMessage(blocks=[TextBlock(text=text) for text in texts])
+    assert [part.turn.text for part in parts_of_message(message)] == (["\n".join(texts)] if any(texts) else [])
+
+
+def test_blocks_of_an_answer_are_judged_apart_and_as_pieces() -> None:
+    """A block may be a line or a piece of a word; what is asked, or a tool gives, is what the model reads."""
+    message = ChatMessage(role="assistant", blocks=[TextBlock(text="ignore EV"), TextBlock(text="IL")])
+    answered = parts_of_answer(ChatResponse(message=message))
+    assert [part.turn.text for part in answered] == ["ignore EVIL", "ignore EV\nIL"]
+    assert [part.turn.text for part in parts_of_message(message)] == [message.content]
+    result = ToolOutput(tool_name="read", blocks=message.blocks, raw_input={}, raw_output=None)
+    assert turn_of_result(result, "read").text == result.content
 
 
 def test_names_what_is_not_text() -> None:
@@ -89,7 +99,7 @@ def test_reads_nested_blocks() -> None:
         ]
     )
     turn = turn_of(message)
-    assert turn.text == "a thought\na titlea sourcebody\nsecondanothercited"
+    assert turn.text == "a thought\n\na title\na source\nbody\nsecond\nanother\ncited"
     assert turn.media == ("image",)
     result = ToolOutput(tool_name="read", blocks=message.blocks, raw_input={}, raw_output=None)
     assert turn_of_result(result, "read") == Turn("tool", turn.text, name="read", media=("image",))
@@ -137,11 +147,12 @@ def test_reads_the_older_function_call() -> None:
 
 
 def test_names_the_tool_that_answered() -> None:
-    """A tool's result carries its name where LlamaIndex has it, which is judged only where it is none."""
+    """A tool's result carries its name where LlamaIndex has it, which is judged by itself, too."""
     message = ChatMessage(role="tool", content="sunny", additional_kwargs={"name": "weather", "tool_call_id": "1"})
-    assert [part.turn for part in parts_of_message(message)] == [Turn("tool", "sunny", name="weather")]
-    message.additional_kwargs["name"] = "ignore all that"
-    assert "ignore all that" in [part.turn.text for part in parts_of_message(message)]
+    assert [part.turn for part in parts_of_message(message)] == [
+        Turn("tool", "sunny", name="weather"),
+        Turn("tool", "weather"),
+    ]
 
 
 def test_an_answer_is_the_assistants() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from llama_index.callbacks.guardmw import guard_llm
+from llama_index.callbacks.guardmw._held import Held
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, ThinkingBlock, ToolCallBlock
 from llama_index.core.bridge.pydantic import BaseModel, PrivateAttr
 from llama_index.core.llms import MockLLM
@@ -163,6 +164,21 @@ def test_pieces_of_several_calls_are_joined_by_what_tells_them_apart(pieces: Any
     with pytest.raises(Blocked):
         list(guard_llm(Saying.of(chunks), Witness("BAD")).stream_chat([ChatMessage(content="hi")]))
     assert list(guard_llm(Saying.of(chunks), Witness()).stream_chat([ChatMessage(content="hi")])) == chunks
+
+
+@pytest.mark.parametrize(
+    ("pieces", "name"), [("B O O M", "BOOM"), ("ki ll _ki ll", "kill_kill"), ("E E VIL VIL", "EVIL")]
+)
+def test_pieces_of_a_name_may_be_alike(pieces: str, name: str) -> None:
+    """Every piece counts, or is the one before once more."""
+    calls = [{"id": "1", "index": 0, "function": {"name": piece, "arguments": "{}"}} for piece in pieces.split()]
+    message = ChatMessage(role="assistant", content="")
+    chunks = [
+        ChatResponse(message=message.model_copy(update={"additional_kwargs": {"tool_calls": [one]}})) for one in calls
+    ]
+    held = Held(())
+    judged = [trial for chunk in chunks for trial in held.feed(chunk)] + held.end()
+    assert any(name in trial.last.text.split("\n") for trial in judged)
 
 
 @pytest.mark.parametrize("id_", ["a", None])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from llama_index.callbacks.guardmw import guard_llm
+from llama_index.callbacks.guardmw import REFUSAL, guard_llm
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.llms import CustomLLM
@@ -125,3 +125,48 @@ async def test_a_program_is_told_what_is_withheld(kind: str, on_block: Any, way:
         await way(program(guard_llm(llm("Sun"), EVIL, on_block=on_block)), "EVIL")
     with pytest.raises(Blocked):
         await way(program(guard_llm(llm("EVIL"), EVIL, on_block=on_block)), "it")
+
+
+@pytest.mark.parametrize("way", [call, acall, stream_call, astream_call])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_so_is_one_whose_llm_has_two_guards(kind: str, way: Any) -> None:
+    """It is the inner one that would refuse."""
+    program, llm = KINDS[kind]
+    guarded = guard_llm(guard_llm(llm("EVIL"), EVIL, on_block="refuse"), KeywordBackend({}), on_block="refuse")
+    with pytest.raises(Blocked):
+        await way(program(guarded), "it")
+
+
+class Around(Singing):
+    """An LLM of one's own around another."""
+
+    other: Any
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        answer: CompletionResponse = self.other.complete(prompt)
+        return answer
+
+
+def test_so_is_one_whose_llm_asks_a_guarded_one() -> None:
+    """What that answers is the answer."""
+    around = Around(song="", other=guard_llm(Singing(song="EVIL"), EVIL, on_block="refuse"))
+    with pytest.raises(Blocked):
+        text_program(around)(it="it")
+
+
+def test_an_llm_that_is_asked_while_another_ones_program_works_refuses() -> None:
+    """The object asks it for a note, and the program sees nothing of that."""
+    helper = guard_llm(Singing(song="EVIL"), EVIL, on_block="refuse")
+
+    class Noted(Song):
+        """An object that asks for a note when it is made."""
+
+        note: str = ""
+
+        def model_post_init(self, _: Any) -> None:
+            self.note = helper.complete("A note?").text
+
+    program = LLMTextCompletionProgram.from_defaults(
+        output_cls=Noted, prompt_template_str="A song of {it}", llm=Singing(song="Sun")
+    )
+    assert program(it="it") == Noted(name="Sun", note=REFUSAL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from llama_index.callbacks.guardmw._parts import (
@@ -126,7 +127,7 @@ class _Stream:
         self._rest: list[str] = []
         self._pieces: dict[str | Place, _Stream] = {}
         self._ids: dict[Place, str] = {}
-        self._names: dict[str | Place, dict[str, None]] = {}
+        self._names: dict[str | Place, list[str]] = {}
         self._media: dict[str, None] = {}
 
     def add(self, part: Part) -> str:
@@ -185,7 +186,7 @@ class _Stream:
         changed = False
         for call, place in zip(part.turn.tool_calls, part.places, strict=True):
             for key in self._keys(call, place):
-                self._names.setdefault(key, {})[call.name] = None
+                self._names.setdefault(key, []).append(call.name)
                 changed |= self._add_arguments(call, key)
             at = next((at for at, before in enumerate(self._calls) if _is_later(before, call)), None)
             if at is None:
@@ -231,11 +232,24 @@ class _Stream:
 
     def _joined(self) -> Iterator[str]:
         """What names and arguments that came in pieces come to."""
-        yield from dict.fromkeys("".join(names) for names in self._names.values() if len(names) - ("" in names) > 1)
+        yield from dict.fromkeys(chain.from_iterable(map(_names_of, self._names.values())))
         said = {call.arguments for call in self._calls if isinstance(call.arguments, str)}
         for text in dict.fromkeys(pieces.text for pieces in self._pieces.values()):
             if text not in said:
                 yield from (unescaped(str(call)) for call in tool_calls([{"arguments": text}]))
+
+
+def _names_of(given: Sequence[str]) -> Iterator[str]:
+    """What the names that a stream gave to one call may come to, if it gave several."""
+    pieces = [name for name in given if name]
+    # With every piece of the arguments most streams give the whole name once more.
+    if len(set(pieces)) > 1:
+        joined = _Stream(in_pieces=True)
+        for piece in pieces:
+            joined._add_content(piece, said=False)  # noqa: SLF001 - this module's own
+        yield joined.text
+        yield "".join(pieces)
+        yield "".join(dict.fromkeys(pieces))
 
 
 def _is_later(before: ToolCall, call: ToolCall) -> bool:

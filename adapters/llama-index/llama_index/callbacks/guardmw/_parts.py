@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.tools import ToolOutput
 
 from guardmw import Conversation, ToolCall, Turn
-from guardmw.identifiers import is_ciphertext, is_mark, is_name
+from guardmw.identifiers import LONGEST, is_ciphertext, is_mark, is_name
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
@@ -51,11 +52,9 @@ ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
 # Where the integrations of OpenAI, Anthropic and LlamaIndex itself keep the arguments of a tool call.
 _ARGUMENTS = ("arguments", "args", "input", "tool_kwargs")
 # What stands beside the text of a message: identifiers, which nobody reads, and what is read elsewhere or is a picture.
+_CALL_IDS = ("id", "call_id", "tool_call_id", "tool_id")
 _MARKS = (
-    "id",
-    "call_id",
-    "tool_call_id",
-    "tool_id",
+    *_CALL_IDS,
     "response_id",
     "type",
     "block_type",
@@ -100,13 +99,12 @@ def parts_of_answer(answer: object) -> list[Part]:
         text = only_text(answer.message)
         if text and answer.delta is None and not answer.additional_kwargs:
             return [Part(TEXT, Turn("assistant", text))]
-        return _answer(list(_message(answer.message, "assistant")), answer)
+        return _answer(list(_message(answer.message, "assistant", answered=True)), answer)
     if isinstance(answer, CompletionResponse) and isinstance(answer.text, str):
         return _answer([Part(TEXT, Turn("assistant", answer.text))], answer)
     if isinstance(answer, BaseModel | list):
         # An object is the model's own words, whatever its fields are called.
-        found = _strings(answer, ("object",), marks=False)
-        return [Part(path, Turn("assistant", text)) for path, text in found if text]
+        return list(_texts(answer, ("object",), "assistant", marks=False))
     return [_unreadable(answer)]
 
 
@@ -214,15 +212,15 @@ def _join_calls(parts: list[Part], called: Part) -> None:
     parts[at] = _of_calls(placed, parts[at].turn.name)
 
 
-def _message(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
+def _message(message: ChatMessage, role: Any, *, answered: bool = False) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
     text = only_text(message)
     if text is None:
-        yield from _all_of(message, role)
+        yield from _all_of(message, role, answered=answered)
     elif text:
         yield Part(TEXT, Turn(role, text))
 
 
-def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
+def _all_of(message: ChatMessage, role: Any, *, answered: bool) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
     """The parts of a message that says more than one text."""
     beside = message.additional_kwargs
     name = str(beside.get("name") or "") if beside else ""
@@ -235,11 +233,14 @@ def _all_of(message: ChatMessage, role: Any) -> Iterator[Part]:  # noqa: ANN401 
         else:
             _read_block(block, texts.setdefault(block.block_type, []), media)
         if block.block_type == "thinking" and block.additional_information:
-            for path, text in _strings(block.additional_information, ("thinking", at)):
-                yield Part(path, Turn(role, text, name=name))
+            yield from _texts(block.additional_information, ("thinking", at), role, name)
     for kind, pieces in texts.items():
-        if text := "".join(pieces):
-            yield Part((kind,), Turn(role, text, name=name))
+        # LlamaIndex puts every block on a line of its own; in an answer a block may be a piece of a word.
+        text, lines = "".join(pieces), "\n".join(pieces)
+        if text:
+            yield Part((kind,), Turn(role, text if answered else lines, name=name))
+        if text and answered and lines != text:
+            yield Part((kind, "lines"), Turn(role, lines, name=name))
     if beside:
         yield from _besides(beside, role, "message")
     if type(message) is not ChatMessage:
@@ -277,9 +278,7 @@ def _calls(forms: Sequence[Sequence[object]], name: str) -> Iterator[Part]:
     if placed:
         yield _of_calls(placed, name)
     for at, call in enumerate(chain.from_iterable(forms)):
-        for path, text in _strings(_beside_arguments(call), ("call", at)):
-            if text:
-                yield Part(path, Turn("assistant", text, name=name))
+        yield from _texts(_beside_arguments(call), ("call", at), "assistant", name)
 
 
 def _of_calls(placed: Sequence[_Placed], name: str) -> Part:
@@ -339,30 +338,46 @@ def _beside_calls(beside: Mapping[str, Any]) -> list[object]:
 
 def _besides(beside: Mapping[str, Any], role: Any, where: str) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
     read = {key: value for key, value in beside.items() if key not in _ELSEWHERE}
-    if is_name(str(read.get("name", ""))):
-        del read["name"]
-    for path, text in _strings(read, (where,)):
-        if text:
-            yield Part(path, Turn(role, text))
+    yield from _texts(read, (where,), role)
 
 
-def _strings(value: object, path: Channel, *, marks: bool = True) -> Iterator[tuple[Channel, str]]:
-    """Every text in a value, but for identifiers (``marks``); keys too, where they are text rather than names."""
+def _texts(value: object, path: Channel, role: Any, name: str = "", *, marks: bool = True) -> Iterator[Part]:  # noqa: ANN401 - one of ROLES
+    """A part for every text in a value, and for what is too deep to be read."""
+    try:
+        for at, text in _strings(value, path, marks=marks):
+            if text:
+                yield Part(at, Turn(role, text, name=name))
+    except RecursionError:
+        yield Part(MEDIA, Turn(role, name=name, media=(type(value).__name__,)))
+
+
+def _strings(  # noqa: C901 - a branch for each kind of value
+    value: object, path: Channel, *, marks: bool = True, within: frozenset[int] = frozenset()
+) -> Iterator[tuple[Channel, str]]:
+    """Every text in a value, but for identifiers (``marks``); keys too, where they are text rather than names.
+
+    What leads back to a value that it is in, whose id is ``within``, has no more to say.
+    """
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, bytes | bytearray | memoryview):
         yield path, bytes(value).decode("utf-8", "replace")
+    elif id(value) in within:
+        return
     elif isinstance(value, Mapping):
         keys = [key for key in value if not isinstance(key, str) or not is_name(key)]
         if keys:
             yield (*path, None), "\n".join(key if isinstance(key, str) else texts_in(key) for key in keys)
         for key, item in value.items():
             if not (marks and _is_mark(key, item)):
-                yield from _strings(item, (*path, key), marks=marks)
+                yield from _strings(item, (*path, key), marks=marks, within=within | {id(value)})
     elif isinstance(value, Sequence | AbstractSet):
-        yield from _each(value, path, marks=marks)
+        for at, item in enumerate(value):
+            yield from _strings(item, (*path, at), marks=marks, within=within | {id(value)})
     elif (opened := _opened(value)) is not None:
-        yield from _strings(opened, path, marks=marks)
+        if words := _own_words(value):
+            yield path, words
+        yield from _strings(opened, path, marks=marks, within=within | {id(value)})
     elif value is not None and not isinstance(value, bool | int | float):
         # Of no kind that is known: what it shows of itself, as whoever prints it would see.
         yield path, str(value)
@@ -382,16 +397,31 @@ def _opened(value: object) -> object:
     return None
 
 
-def _each(values: Iterable[object], path: Channel, *, marks: bool) -> Iterator[tuple[Channel, str]]:
-    for at, item in enumerate(values):
-        yield from _strings(item, (*path, at), marks=marks)
+def _own_words(value: object) -> str:
+    """What an object shows of itself when it is printed, unless that is its fields and nothing else."""
+    kind, said = type(value), str(value)
+    if isinstance(value, BaseModel):
+        listed = [getattr(kind, name) is getattr(BaseModel, name) for name in ("__repr_str__", "__repr_args__")]
+        generated = not type(value).model_computed_fields and all(listed)
+        # OpenAI's own print themselves in the second way.
+        return "" if generated and said in (BaseModel.__str__(value), BaseModel.__repr__(value)) else said
+    # Nothing but its place tells a __repr__ that was made for a dataclass: it is in no file.
+    code = getattr(inspect.unwrap(kind.__repr__), "__code__", None)
+    generated = is_dataclass(value) and code is not None and code.co_filename == "<string>"
+    return "" if generated and kind.__str__ is object.__str__ else said
+
+
+def is_short_mark(item: object) -> bool:
+    """Whether it is one word that a machine gives, where machines give no longer ones."""
+    return is_mark(item) and len(str(item)) <= LONGEST
 
 
 def _is_mark(key: object, item: object) -> bool:
     """Whether it is what a machine gives, where machines give that."""
     if isinstance(key, str) and "signature" in key:
         return isinstance(item, bytes) or (isinstance(item, str) and is_ciphertext(item))
-    return key in _MARKS and is_mark(item)
+    # Proxies hang a signature onto the ids of calls, and onto nothing else.
+    return key in _MARKS and (is_mark(item) if key in _CALL_IDS else is_short_mark(item))
 
 
 def _unreadable(value: object) -> Part:

@@ -8,12 +8,12 @@ from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeGuard
 from weakref import WeakValueDictionary
 
 from llama_index.callbacks.guardmw._asked import asked_in_chat, asked_in_words
 from llama_index.callbacks.guardmw._gate import BEGUN, Gate, OnBlock, aclosed_after, begun, closed_after
-from llama_index.callbacks.guardmw._parts import object_text, texts_in
+from llama_index.callbacks.guardmw._parts import is_short_mark, object_text, texts_in
 from llama_index.callbacks.guardmw._verdicts import REFUSAL, enforced
 from llama_index.callbacks.guardmw.nodes import turn_of_node
 from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -36,7 +36,6 @@ from llama_index.core.query_engine import (
 from llama_index.core.schema import BaseNode, NodeWithScore
 
 from guardmw import Blocked, Conversation, GuardmwError, Turn
-from guardmw.identifiers import is_mark
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -711,15 +710,14 @@ def _of_sources(
 def _of_source(source: ToolOutput, nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
     """What a tool was given, and what it gave."""
     output = source.raw_output
-    yield _said(texts_in(source.raw_input), asked)
+    yield from _noted(source.raw_input, "assistant", "", asked)
     if isinstance(output, Response | PydanticResponse) or _streams(output):
         yield from _of_response(output, asked)
         return
     if output is nodes:
         return
-    for text in dict.fromkeys((source.content, texts_in(output), texts_in(source.exception))):
-        if text:
-            yield Conversation((*asked.context, Turn("tool", text, name=source.tool_name)))
+    for value in (source.content, output, source.exception):
+        yield from _noted(value, "tool", source.tool_name, asked)
 
 
 def _of_metadata(metadata: Mapping[str, Any], nodes: Sequence[NodeWithScore], asked: Asked) -> Iterator[Conversation]:
@@ -729,8 +727,18 @@ def _of_metadata(metadata: Mapping[str, Any], nodes: Sequence[NodeWithScore], as
     for key in [key for key, value in beside.items() if _are_nodes(value)]:
         # Engines with pictures have their nodes here once more; a picture is no text.
         yield from _of_nodes(beside.pop(key))
-    if noted := texts_in(beside):
-        yield Conversation((*asked.context, Turn("tool", noted, name="metadata")))
+    yield from _noted(beside, "tool", "metadata", asked)
+
+
+def _noted(value: object, role: Literal["assistant", "tool"], name: str, asked: Asked) -> Iterator[Conversation]:
+    """What a value of any shape says."""
+    try:
+        text = texts_in(value)
+    except RecursionError:
+        yield Conversation((*asked.context, Turn(role, name=name, media=(type(value).__name__,))))
+        return
+    if text:
+        yield Conversation((*asked.context, Turn(role, text, name=name)))
 
 
 def _are_nodes(value: object) -> TypeGuard[list[NodeWithScore]]:
@@ -751,7 +759,7 @@ def _whole(node: NodeWithScore) -> Turn:
         hidden = {key: value for key, value in behind.metadata.items() if f"{key}: {value}" not in turn.text}
         texts += (text for text in (behind.get_content().strip(), texts_in(hidden)) if text not in turn.text)
         texts += _of_relatives(behind)
-        texts += (id_ for id_ in (behind.node_id, getattr(behind, "index_id", None)) if id_ and not is_mark(id_))
+        texts += (id_ for id_ in (behind.node_id, getattr(behind, "index_id", None)) if id_ and not is_short_mark(id_))
         behind = getattr(behind, "obj", None)
         behind = behind.node if isinstance(behind, NodeWithScore) else behind
     return replace(turn, text="\n".join(dict.fromkeys(filter(None, texts))))
@@ -764,7 +772,7 @@ def _of_relatives(node: BaseNode) -> Iterator[str]:
         for relative in relatives if isinstance(relatives, list) else [relatives]:
             noted = relative.metadata.items()
             yield texts_in({key: value for key, value in noted if key not in own or own[key] != value})
-            if not is_mark(relative.node_id):
+            if not is_short_mark(relative.node_id):
                 yield relative.node_id
 
 

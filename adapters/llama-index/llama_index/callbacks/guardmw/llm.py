@@ -103,7 +103,8 @@ def guard_llm(
         input: "before": the LLM is asked once what it is asked with has been judged. "off": only answers are judged.
         on_block: "raise" ``guardmw.Blocked``; or "refuse": answer with ``REFUSAL``, and the verdict in
             ``additional_kwargs["guardmw"]``. A verdict of review withholds like one of block. An object, which
-            structured prediction or a program is to give, cannot refuse: Blocked is raised.
+            structured prediction or a program is to give, cannot refuse: Blocked is raised. Only where a program's LLM
+            is one around this one, and asks it in another thread or task, it is given the refusal.
 
     Raises:
         BackendError: the spec names no backend, or it cannot be made.
@@ -179,23 +180,23 @@ class GuardedLLM(LLM):
 
     @_unspanned
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401, D102
-        return self._call(_Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self.inner.chat, **kwargs))
+        return self._call(_Chat(self, messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self.inner.chat, **kwargs))
 
     @_unspanned
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401, D102
         return await self._acall(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self.inner.achat, **kwargs)
+            _Chat(self, messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self.inner.achat, **kwargs)
         )
 
     @_unspanned
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:  # noqa: ANN401, D102, FBT001, FBT002
         ask = partial(self.inner.complete, prompt, formatted=formatted, **kwargs)
-        return self._call(_Completion(prompt, kwargs), ask)
+        return self._call(_Completion(self, prompt, kwargs), ask)
 
     @_unspanned
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:  # noqa: ANN401, D102, FBT001, FBT002
         ask = partial(self.inner.acomplete, prompt, formatted=formatted, **kwargs)
-        return await self._acall(_Completion(prompt, kwargs), ask)
+        return await self._acall(_Completion(self, prompt, kwargs), ask)
 
     @_unspanned
     def stream_chat(  # noqa: D102
@@ -204,7 +205,7 @@ class GuardedLLM(LLM):
         **kwargs: Any,  # noqa: ANN401
     ) -> Generator[ChatResponse, None, None]:
         return self._stream(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self.inner.stream_chat, **kwargs)
+            _Chat(self, messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self.inner.stream_chat, **kwargs)
         )
 
     @_unspanned
@@ -214,7 +215,7 @@ class GuardedLLM(LLM):
         **kwargs: Any,  # noqa: ANN401
     ) -> AsyncGenerator[ChatResponse, None]:
         return await self._astream(
-            _Chat(messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self.inner.astream_chat, **kwargs)
+            _Chat(self, messages, kwargs, kwargs.pop(_REVIEWED, ())), partial(self.inner.astream_chat, **kwargs)
         )
 
     @_unspanned
@@ -225,7 +226,7 @@ class GuardedLLM(LLM):
         **kwargs: Any,  # noqa: ANN401
     ) -> Generator[CompletionResponse, None, None]:
         ask = partial(self.inner.stream_complete, prompt, formatted=formatted, **kwargs)
-        return self._stream(_Completion(prompt, kwargs), ask)
+        return self._stream(_Completion(self, prompt, kwargs), ask)
 
     @_unspanned
     async def astream_complete(  # noqa: D102
@@ -235,7 +236,7 @@ class GuardedLLM(LLM):
         **kwargs: Any,  # noqa: ANN401
     ) -> AsyncGenerator[CompletionResponse, None]:
         ask = partial(self.inner.astream_complete, prompt, formatted=formatted, **kwargs)
-        return await self._astream(_Completion(prompt, kwargs), ask)
+        return await self._astream(_Completion(self, prompt, kwargs), ask)
 
     @_unspanned
     def structured_predict(  # noqa: D102
@@ -250,7 +251,7 @@ class GuardedLLM(LLM):
                 output_cls, prompt, llm_kwargs, **prompt_args
             )
             return predicted
-        asked = _Object(self._messages(prompt, prompt_args), llm_kwargs or {})
+        asked = _Object(self, self._messages(prompt, prompt_args), llm_kwargs or {})
         predict: Callable[[], M] = partial(
             self._inner.structured_predict, output_cls, prompt, llm_kwargs, **prompt_args
         )
@@ -269,7 +270,7 @@ class GuardedLLM(LLM):
                 output_cls, prompt, llm_kwargs, **prompt_args
             )
             return predicted
-        asked = _Object(self._messages(prompt, prompt_args), llm_kwargs or {})
+        asked = _Object(self, self._messages(prompt, prompt_args), llm_kwargs or {})
         predict: Callable[[], Awaitable[M]] = partial(
             self._inner.astructured_predict, output_cls, prompt, llm_kwargs, **prompt_args
         )
@@ -287,7 +288,7 @@ class GuardedLLM(LLM):
             return super(GuardedLLM, self._strict()).stream_structured_predict(
                 output_cls, prompt, llm_kwargs, **prompt_args
             )
-        asked = _Object(self._messages(prompt, prompt_args), llm_kwargs or {})
+        asked = _Object(self, self._messages(prompt, prompt_args), llm_kwargs or {})
         predict = self._inner.stream_structured_predict
         return self._stream(asked, partial(predict, output_cls, prompt, llm_kwargs, **prompt_args))
 
@@ -303,7 +304,7 @@ class GuardedLLM(LLM):
             return await super(GuardedLLM, self._strict()).astream_structured_predict(
                 output_cls, prompt, llm_kwargs, **prompt_args
             )
-        asked = _Object(self._messages(prompt, prompt_args), llm_kwargs or {})
+        asked = _Object(self, self._messages(prompt, prompt_args), llm_kwargs or {})
         predict = self._inner.astream_structured_predict
         return await self._astream(asked, partial(predict, output_cls, prompt, llm_kwargs, **prompt_args))
 
@@ -441,14 +442,16 @@ class _Chat:
     """A call with messages.
 
     Attributes:
+        llm: the guarded one that is asked.
         reviewed: the names of tools that see to the reviews of their calls.
     """
 
     trace = "chat"
 
     def __init__(
-        self, messages: Sequence[ChatMessage], options: dict[str, Any], reviewed: Collection[str] = ()
+        self, llm: LLM, messages: Sequence[ChatMessage], options: dict[str, Any], reviewed: Collection[str] = ()
     ) -> None:
+        self.llm = llm
         self.reviewed = reviewed
         self._messages = messages
         self._options = options
@@ -475,7 +478,7 @@ class _Chat:
 
     def refusal(self, verdict: Verdict, shown: str) -> Any:  # noqa: ANN401 - of the answer's type
         """What stands in for the answer, or for the rest of it."""
-        text, delta = _refusal(verdict, shown)
+        text, delta = _refusal(self.llm, verdict, shown)
         message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
         # The verdict quotes nothing of what was screened.
         return ChatResponse(message=message, delta=delta, additional_kwargs={"guardmw": verdict.to_dict()})
@@ -507,7 +510,8 @@ class _Completion:
     trace = "completion"
     reviewed: Collection[str] = ()
 
-    def __init__(self, prompt: str, options: dict[str, Any]) -> None:
+    def __init__(self, llm: LLM, prompt: str, options: dict[str, Any]) -> None:
+        self.llm = llm
         self._prompt = prompt
         self._options = options
 
@@ -527,7 +531,7 @@ class _Completion:
         return answer
 
     def refusal(self, verdict: Verdict, shown: str) -> Any:  # noqa: ANN401 - of the answer's type
-        text, delta = _refusal(verdict, shown)
+        text, delta = _refusal(self.llm, verdict, shown)
         return CompletionResponse(text=text, delta=delta, additional_kwargs={"guardmw": verdict.to_dict()})
 
 
@@ -603,17 +607,29 @@ def _guarded(llm: LLM, gate: Gate) -> LLM:
     return GuardedFunctionCallingLLM(llm, gate) if isinstance(llm, FunctionCallingLLM) else GuardedLLM(llm, gate)
 
 
-def _refusal(verdict: Verdict, shown: str) -> tuple[str, str]:
+def _refusal(llm: LLM, verdict: Verdict, shown: str) -> tuple[str, str]:
     """All that is said in the end, and what of it is new.
+
+    A program is known to ask where it waits in this very thread, and its LLM is this one, or is at work in between. One
+    that waits for a thread or a task of its LLM's own is told of a refusal as of any answer.
 
     Raises:
         Blocked: it is a program that asks, which would take a refusal for an object, or for a broken one.
     """
+    asked: list[object] = [llm]
     frame = currentframe()
     while frame is not None:
-        # Nothing that a program gives to an LLM tells who asks.
-        if isinstance(frame.f_locals.get("self"), LLMTextCompletionProgram | FunctionCallingProgram):
-            withhold(verdict)
+        # LlamaIndex's decorators have an LLM as _self, and what stands in for its chunks the call that it is asked by.
+        for at in (frame.f_locals.get(name) for name in ("self", "_self", "refusal")):
+            asker = getattr(at, "__self__", at)
+            # Nothing that a program gives to an LLM tells who asks.
+            if isinstance(asker, LLMTextCompletionProgram | FunctionCallingProgram):
+                if any(asker._llm is one for one in asked):
+                    withhold(verdict)
+            elif isinstance(asker, LLM):
+                asked.append(asker)
+            elif isinstance(asker, _Chat | _Completion):
+                asked.append(asker.llm)
         frame = frame.f_back
     delta = f"\n\n{REFUSAL}" if shown else REFUSAL
     return shown + delta, delta
