@@ -88,7 +88,7 @@ class Server:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake server")
         self._thread.start()
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._serving: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
         self.start()
 
     @property
@@ -107,7 +107,7 @@ class Server:
 
     def start(self) -> None:
         """Listen, where it did before if it did."""
-        self._listening = self._do(asyncio.start_server(self._serve, "127.0.0.1", self.port))
+        self._listening = self._do(asyncio.start_server(self._connected, "127.0.0.1", self.port))
         self.port = self._listening.sockets[0].getsockname()[1]
 
     def stop(self) -> None:
@@ -133,19 +133,25 @@ class Server:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _stop(self) -> None:
+        # asyncio loses, and leaves open, whom it accepts in the turn in which it closes.
+        for _ in range(5):
+            await asyncio.sleep(0)
         self._listening.close()
-        for writer in self._writers:
+        for writer in self._serving:
             writer.transport.abort()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Known before its task runs, which may be cancelled first.
+        self._serving[writer] = self._loop.create_task(self._serve(reader, writer))
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.opened += 1
         self.open += 1
         self.most = max(self.most, self.open)
-        self._writers.add(writer)
         try:
             while not writer.is_closing():
                 seen = await _request(reader)
@@ -164,7 +170,7 @@ class Server:
             pass
         finally:
             self.open -= 1
-            self._writers.discard(writer)
+            del self._serving[writer]
             writer.close()
 
 
