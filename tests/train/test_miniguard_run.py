@@ -122,7 +122,7 @@ def test_training_shows_the_bytes_that_serving_does(either: Path) -> None:
         said = [{"role": message.role, "content": message.content} for message in request.messages]
         prompt = served.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         shown = served(prompt + request.prefill, add_special_tokens=False)["input_ids"]
-        encoded = chat.encode(Lesson("key", "source", True, request, answer({"user": True})))
+        (encoded,) = chat.encode([Lesson("key", "source", True, request, answer({"user": True}))])
         assert chat.ids(chat.prompt(request)) == shown == encoded.ids[: len(shown)]
         assert served.decode(encoded.ids) == prompt + answer({"user": True}) + "<|im_end|>"
         assert "<think>" not in prompt or prompt.endswith("<think>\n\n</think>\n\n")
@@ -135,7 +135,7 @@ def test_only_what_is_known_of_the_answer_is_learnt(either: Path) -> None:
 
     chat = Chat(str(either))
     text = '{"User Safety": "safe", "Response Safety": "unsafe"}'
-    encoded = chat.encode(Lesson("key", "source", True, asked(spoken()[1]), text, silent=((17, 21),)))
+    (encoded,) = chat.encode([Lesson("key", "source", True, asked(spoken()[1]), text, silent=((17, 21),))])
     learnt = [id_ for id_, taught in zip(encoded.ids, encoded.taught, strict=True) if taught]
     assert chat.tokenizer.decode(learnt) == '{"User Safety": "", "Response Safety": "unsafe"}<|im_end|>'
     assert chat.tokenizer.decode(encoded.ids[-encoded.answer :]) == f"{text}<|im_end|>"
@@ -154,7 +154,7 @@ def test_the_shared_start_learns_as_if_each_row_had_its_own(base: Path, tmp_path
 
     chat = Chat(str(base))
     given = [
-        tune.Example(chat.encode(Lesson("key", "source", True, asked(one), answer({"user": True}), silent)), weight)
+        tune.Example(*chat.encode([Lesson("key", "source", True, asked(one), answer({"user": True}), silent)]), weight)
         for one, silent, weight in zip(spoken(), (((2, 13),), (), ()), (1.0, 0.5, 1.0), strict=True)
     ]
     settings = Tune(model=str(base), method="full")
@@ -181,7 +181,7 @@ def test_a_trace_is_a_task_of_its_own(either: Path) -> None:
 
     chat = Chat(str(either))
     (plain,) = lessons([rows.row({"text": "bread evil", "label": "unsafe", "categories": ["violence"]}, "s")])
-    ids = chat.encode(replace(plain, trace="It is evil.")).ids
+    ids = chat.encode([replace(plain, trace="It is evil.")])[0].ids
     text = chat.tokenizer.decode(ids)
     assert text.endswith(
         f"/think<|im_end|>\n<|im_start|>assistant\n<think>\nIt is evil.\n</think>\n\n{plain.answer}<|im_end|>"

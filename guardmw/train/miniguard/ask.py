@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,6 +59,8 @@ class Asked:
         self._context: int = getattr(model.config, "max_position_embeddings", 0) or 2**20
         self._prefix: list[int] = []
         self._cache: Any = None
+        # The alternatives of all steps are some hundred thousand tokens, few of which differ.
+        self._spelled = cache(lambda id_: str(chat.tokenizer.decode([id_])))
 
     def scores(self, conversations: Sequence[Conversation]) -> Floats:
         """P(unsafe) of each, (n,)."""
@@ -177,7 +180,6 @@ class Asked:
         """Note down a step; the tokens that were chosen."""
         logprobs = torch.log_softmax(logits.float(), dim=-1)
         top = torch.topk(logprobs, min(max(request.top_logprobs for request in requests), logprobs.shape[-1]), dim=-1)
-        decode = self._chat.tokenizer.decode
         for row, (ids, values) in enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True)):
             ended[row] = ended[row] or ids[0] == self._chat.ends
             if ended[row] or len(said[row]) == requests[row].max_tokens:
@@ -185,8 +187,8 @@ class Asked:
             others: dict[str, float] = {}
             for id_, value in zip(ids, values, strict=True):
                 # Several tokens may be spelled alike: pieces of a character are. The likeliest comes first.
-                others.setdefault(decode([id_]), value)
-            said[row].append(Token(decode([ids[0]]), values[0], others))
+                others.setdefault(self._spelled(id_), value)
+            said[row].append(Token(self._spelled(ids[0]), values[0], others))
         return top.indices[:, 0]
 
 

@@ -27,6 +27,8 @@ _THINK = "\n/think"
 _HELLO = Conversation.of("Hello?")
 # So many tokens that all prompts begin with are worth computing once.
 _WORTH = 32
+# The tokenizer takes all cores for many texts at once.
+_AT_ONCE = 1000
 
 
 class Encoded(NamedTuple):
@@ -97,18 +99,27 @@ class Chat:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def encode(self, lesson: Lesson) -> Encoded:
-        """A lesson in tokens. That of the task without thoughts begins with the very tokens that serving shows."""
-        before, thought = self._before(lesson)
-        given = self.tokenizer(before + thought + lesson.answer, add_special_tokens=False, return_offsets_mapping=True)
+    def encode(self, lessons: Sequence[Lesson]) -> list[Encoded]:
+        """Lessons in tokens. Those of the task without thoughts begin with the very tokens that serving shows."""
+        found: list[Encoded] = []
+        for start in range(0, len(lessons), _AT_ONCE):
+            spoken = [(lesson, *self._before(lesson)) for lesson in lessons[start : start + _AT_ONCE]]
+            texts = [before + thought + lesson.answer for lesson, before, thought in spoken]
+            given = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            for one, ids, spans in zip(spoken, given["input_ids"], given["offset_mapping"], strict=True):
+                found.append(self._encoded(*one, ids, spans))
+        return found
+
+    def _encoded(
+        self, lesson: Lesson, before: str, thought: str, ids: list[int], spans: Sequence[tuple[int, int]]
+    ) -> Encoded:
         start = len(before)
         silent = [[start + len(thought) + at for at in span] for span in lesson.silent]
         taught = [
-            end > start and not any(begin < stop and end > first for first, stop in silent)
-            for begin, end in given["offset_mapping"]
+            end > start and not any(begin < stop and end > first for first, stop in silent) for begin, end in spans
         ]
         taught.append(True)
-        return Encoded([*given["input_ids"], self.ends], taught, len(taught) - taught.index(True))
+        return Encoded([*ids, self.ends], taught, len(taught) - taught.index(True))
 
     def _before(self, lesson: Lesson) -> tuple[str, str]:
         """The question, and the thought that comes before the answer."""

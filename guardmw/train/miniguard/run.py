@@ -161,7 +161,8 @@ class _Kitchen:
         """Rows become conversations."""
         sides, most = self._sides, self._recipe.form.max_tokens
         self._lessons = form.lessons(sides.training)
-        short = [lesson for lesson in self._lessons if len(self._chat.encode(lesson).ids) <= most]
+        encoded = self._chat.encode(self._lessons)
+        short = [lesson for lesson, one in zip(self._lessons, encoded, strict=True) if len(one.ids) <= most]
         both_labels(short, f"within form.max_tokens ({most}) there are")
         self._short = {lesson.key for lesson in short}
 

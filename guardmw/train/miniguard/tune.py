@@ -63,18 +63,14 @@ class Example(NamedTuple):
 
 def examples(lessons: Sequence[Lesson], tune: Tune, chat: Chat, max_tokens: int) -> tuple[list[Example], int]:
     """Both tasks of each lesson, those that are too long left out, with their number."""
-    made, long = [], 0
+    tasks = []
     for lesson in lessons:
-        tasks = [(replace(lesson, trace=""), tune.plain_weight)]
+        tasks.append((replace(lesson, trace=""), tune.plain_weight))
         if lesson.trace and tune.trace_weight:
             tasks.append((lesson, tune.trace_weight))
-        for task, weight in tasks:
-            encoded = chat.encode(task)
-            if len(encoded.ids) > max_tokens:
-                long += 1
-            else:
-                made.append(Example(encoded, weight))
-    return made, long
+    encoded = chat.encode([task for task, _ in tasks])
+    made = [Example(one, weight) for one, (_, weight) in zip(encoded, tasks, strict=True) if len(one.ids) <= max_tokens]
+    return made, len(tasks) - len(made)
 
 
 def tune_(
