@@ -362,8 +362,9 @@ def _load(kind: Any, model: str, revision: str | None, device: str | None, batch
     at = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
-        # A CPU computes in the weights' own type only where it has instructions for it.
-        loaded = kind.from_pretrained(model, revision=revision, dtype="auto" if at != "cpu" else torch.float32)
+        told = getattr(transformers.AutoConfig.from_pretrained(model, revision=revision), "dtype", None)
+        own = at != "cpu" or (told == torch.bfloat16 and _cpu_knows_bfloat16())
+        loaded = kind.from_pretrained(model, revision=revision, dtype="auto" if own else torch.float32)
         loaded = loaded.to(at).eval()
     except Exception as error:
         raise ArtefactError(f"{model} cannot be loaded by transformers: {type(error).__name__}") from error
@@ -377,6 +378,12 @@ def _load(kind: Any, model: str, revision: str | None, device: str | None, batch
     context = min(int(limit) for limit in limits if limit and limit > 0)
     known = sorted({id_ for id_ in ends if id_ is not None})
     return _Loaded(loaded, tokenizer, context, known, pad, batch_size, threading.Lock())
+
+
+def _cpu_knows_bfloat16() -> bool:
+    """Whether it has instructions for what most weights are of; without them it would be slower than float32."""
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in known)
 
 
 def _is_classifier(model: str, revision: str | None) -> bool:

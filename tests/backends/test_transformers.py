@@ -111,6 +111,35 @@ def test_a_writing_model_keeps_the_contract(writer: Path) -> None:
     backend_contract(lambda: generative(writer, First()))()
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "float32"),
+        ("float16", True, "float32"),
+        ("float32", True, "float32"),
+    ],
+    ids=str,
+)
+def test_a_cpu_computes_in_what_it_has_instructions_for(
+    writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[str, bool, str]
+) -> None:
+    """Bfloat16 where it knows it and the weights are of it, else float32."""
+    import torch
+    import transformers
+
+    from guardmw.backends.transformers import GenerativeBackend
+
+    stored, known, computes = case
+    model = transformers.AutoModelForCausalLM.from_pretrained(writer).to(getattr(torch, stored))
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(writer).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: known)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    made = GenerativeBackend(str(tmp_path), dialect="nemotron", device="cpu")
+    assert made._loaded.model.dtype == getattr(torch, computes)
+
+
 def test_a_classifier_keeps_the_contract(reader: Path) -> None:
     """The same."""
     backend_contract(lambda: classifier(reader))()
