@@ -172,6 +172,25 @@ def test_the_shared_start_learns_as_if_each_row_had_its_own(base: Path, tmp_path
         assert torch.nn.functional.cosine_similarity(weight.grad.ravel(), shared[name].ravel(), dim=0) > 0.999, name
 
 
+def test_a_task_counts_by_its_weight_in_a_step_of_its_own_too(base: Path, tmp_path: Path) -> None:
+    """Traces are long, so that rows with one come together: there as well they have half of what the others have."""
+    from guardmw.dialects.nemotron import answer
+    from guardmw.train.miniguard import tune
+    from guardmw.train.miniguard.chat import Chat
+    from guardmw.train.miniguard.form import Lesson, asked
+    from guardmw.train.miniguard.recipe import Tune
+
+    chat = Chat(str(base))
+    said = [Lesson("key", "source", True, asked(one), answer({"user": True})) for one in spoken()]
+    settings = Tune(model=str(base), method="full")
+
+    def began_with(weight: float) -> float:
+        given = [tune.Example(one, weight) for one in chat.encode(said)]
+        return tune._Run(tmp_path, given, [], settings, chat, keep=1, seed=0, say=lambda _: None)._learn([given])
+
+    assert began_with(0.5) == pytest.approx(began_with(1.0) / 2)
+
+
 def test_a_trace_is_a_task_of_its_own(either: Path) -> None:
     """It begins otherwise than serving does, so that nothing served begins a thought."""
     from dataclasses import replace

@@ -243,10 +243,11 @@ class _Run:
         """One step; the loss it began with."""
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
-        whole = sum(one.weight for batch in step for one in batch)
+        # Not the sum of weights: rows with a trace are long and come together, and their weight would cancel out.
+        shown = sum(map(len, step))
         total = 0.0
         for batch in step:
-            loss = self._loss(batch) / whole
+            loss = self._loss(batch) / shown
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(network.learning(self._model).values(), 1.0)
