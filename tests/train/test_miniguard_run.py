@@ -505,6 +505,34 @@ def test_a_killed_training_goes_on_to_the_same_end(
         assert all(torch.equal(one[key], other[key]) for key in other)
 
 
+def test_chance_is_kept_of_where_the_training_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU draws dropout by itself: with the processor's state alone, a training resumed there would end elsewhere."""
+    import torch
+
+    from guardmw.train.miniguard import network, tune
+
+    for name, drawn_by in (("cpu", torch.random), ("cuda", torch.cuda), ("mps", torch.mps)):
+        monkeypatch.setattr(network, "device", partial(torch.device, name))
+        assert tune._dice() is drawn_by
+
+
+def test_a_checkpoint_that_was_taken_away_or_spoilt_is_named(
+    pool: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what to do about it."""
+    path, out = recipe(tmp_path, pool, base, tune={"epochs": 0.1}), tmp_path / "run"
+    assert train(path, out, "--until", "tune") == 0
+    (checkpoint,) = (out / "tune" / "sft").glob("step-*.pt")
+    for spoil in (partial(checkpoint.write_bytes, b"half"), checkpoint.unlink):
+        spoil()
+        assert train(path, out) == 2
+        said = capsys.readouterr().err
+        assert f"{checkpoint} cannot be read" in said
+        assert "trained anew" in said
+    shutil.rmtree(out / "tune" / "sft")
+    assert train(path, out, "--until", "soup") == 0
+
+
 @contextmanager
 def little_room(size: int) -> Iterator[None]:
     """No file can grow over so many bytes: a write fails in its middle, as on a full disk."""

@@ -124,8 +124,7 @@ def best(folder: Path) -> Checkpoint:
 
 def weights(folder: Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Of a checkpoint that was kept."""
-    found: dict[str, Tensor] = torch.load(_path(folder, checkpoint.step), weights_only=True, map_location="cpu")
-    return found
+    return network.kept(_path(folder, checkpoint.step))
 
 
 class _Run:
@@ -166,13 +165,14 @@ class _Run:
         path = self._folder / STATE
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True, map_location=network.device())
+        # Each part goes to the device by itself, but for AdamW's counts, which a GPU would be asked for one by one.
+        state = network.kept(path)
         network.restore(self._model, state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._step, self._stale = state["step"], state["stale"]
         self._best = [Checkpoint(*one) for one in state["best"]]
-        torch.set_rng_state(state["drawn"].cpu())
+        _dice().set_rng_state(state["drawn"])
         self._say(f"resuming at step {self._step} of {self._total}")
 
     def go(self) -> list[Checkpoint]:
@@ -214,7 +214,7 @@ class _Run:
             "step": self._step,
             "stale": self._stale,
             "best": [tuple(one) for one in self._best],
-            "drawn": torch.get_rng_state(),
+            "drawn": _dice().get_rng_state(),
         }
         network.save(self._folder / STATE, state)
         for one in dropped:
@@ -300,6 +300,12 @@ class _Run:
             return (step + 1) / up
         done = (step - up) / max(1, self._total - up)
         return 1 - done if self._settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _dice() -> Any:  # noqa: ANN401 - one of torch's modules
+    """Where dropout's chance comes from: a GPU has its own."""
+    at = network.device()
+    return torch.random if at.type == "cpu" else torch.get_device_module(at)
 
 
 def _path(folder: Path, step: int) -> Path:
