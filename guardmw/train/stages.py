@@ -143,10 +143,10 @@ class Line:
             dropped.write(folder / "dropped.jsonl")
             return kept, dropped.to_dict()
 
-        self.stage("filter", settings, make, _read_by(settings))
+        self.stage("filter", settings, make, read_by(settings))
 
 
-def _read_by(settings: Filter) -> list[str]:
+def read_by(settings: Filter) -> list[str]:
     """The content of the files on this machine that a filter reads."""
     files = [path for source in settings.contamination.against for path in paths(source)]
     return [content(path) for path in (*files, *([settings.folds.file] if settings.folds else ()))]

@@ -22,7 +22,7 @@ from guardmw.train.miniguard import ablate, card, form, measure, network, quanti
 from guardmw.train.miniguard.ablate import Step
 from guardmw.train.miniguard.ask import Asked
 from guardmw.train.miniguard.chat import Chat
-from guardmw.train.stages import REPORT, ROWS, Line, digest, log, made_of
+from guardmw.train.stages import REPORT, ROWS, Line, digest, log, made_of, read_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -206,20 +206,28 @@ class _Kitchen:
         folder, best = self._tuned(self._first, self._lessons) if writes or ablated else (self._out, [])
 
         def make(mine: Path) -> dict[str, Any]:
-            by_hand = target.pairs(settings.contrast, self._recipe.seed)
+            sides, written_here = self._sides, target.pairs(settings.contrast, self._recipe.seed)
+            held = [*sides.probe, *sides.watched, *sides.reported]
+            by_hand = target.apart(written_here, self._recipe.filter, held)
             found: list[target.Error] = []
             if writes:
                 asked = self._asked(network.merged(self._recipe.tune, tune.weights(folder, best[0])))
-                scores = asked.scores([row.conversation for row in self._sides.probe])
-                found = target.errors(self._sides.probe, scores, settings.errors)
-            known = [*self._sides.training, *by_hand, *self._sides.watched, *self._sides.reported]
+                scores = asked.scores([row.conversation for row in sides.probe])
+                found = target.errors(sides.probe, scores, settings.errors)
+            known = [*sides.training, *by_hand, *sides.watched, *sides.reported]
             written, told = target.write(found, settings, self._recipe.filter, known, mine, say=self._say)
             rows.write(mine / ROWS, [*by_hand, *written])
-            return told | {"rows": len(by_hand) + len(written)}
+            return told | {"rows": len(by_hand) + len(written), "left_out": len(written_here) - len(by_hand)}
 
         stated = settings.model_dump(mode="json", exclude={"writer": {"base_url", "key_env"}})
-        sides = [split.digest(side) for side in self._sides]
-        depends = {"settings": stated, "rows": sides, "student": [list(one) for one in best], "seed": self._recipe.seed}
+        against = self._recipe.filter
+        depends = {
+            "settings": stated,
+            "rows": [split.digest(side) for side in self._sides],
+            "student": [list(one) for one in best],
+            "seed": self._recipe.seed,
+            "filter": [against.contamination.model_dump(mode="json"), against.seed, read_by(against)],
+        }
         self._told["target"] = told = self._stage("target", depends, make)
         self._added = list(rows.read(self._out / "target" / ROWS)) if told["rows"] else []
         self._more = form.lessons(self._added, self._sides.training)
