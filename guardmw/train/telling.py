@@ -30,6 +30,8 @@ def rounded(given: Any) -> Any:  # noqa: ANN401 - any JSON value
     """The same with its floats at 4 places."""
     if isinstance(given, dict):
         return {key: rounded(value) for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        return [rounded(value) for value in given]
     return round(given, 4) if isinstance(given, float) else given
 
 

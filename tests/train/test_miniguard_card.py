@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from guardmw.train.miniguard import card
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def told(**metrics: Any) -> dict[str, Any]:
@@ -45,6 +49,30 @@ def test_a_step_that_was_left_out_is_named() -> None:
     page = card.page(told())
     assert "there was no teacher" in page
     assert "None were made." in page
+
+
+def test_figures_are_rounded_and_settings_are_not(tmp_path: Path) -> None:
+    """A learning rate would read as another one, or as none."""
+    given = told(ece=0.123456, intervals={"f1": [0.123456, 0.5]}) | {"recipe": {"tune": {"learning_rate": 0.00002}}}
+    card.write(tmp_path, given)
+    held = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
+    assert held["metrics"]["ece"] == 0.1235
+    assert held["metrics"]["intervals"]["f1"] == [0.1235, 0.5]
+    assert held["recipe"] == given["recipe"]
+    assert json.dumps(given["recipe"], indent=2) in (tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_a_card_comes_after_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a card is whole, wherever the making was ended."""
+    monkeypatch.setattr(card, "page", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        card.write(tmp_path, told())
+    assert not (tmp_path / "card.json").exists()
+    monkeypatch.undo()
+    (tmp_path / "card.json.part").mkdir()
+    with pytest.raises(IsADirectoryError):
+        card.write(tmp_path, told())
+    assert (tmp_path / "MODEL_CARD.md").exists()
 
 
 def test_the_commands_take_a_folder_of_any_name() -> None:

@@ -35,9 +35,10 @@ def serving(name: str, context: int, folder: str) -> tuple[str, ...]:
 
 
 def write(folder: Path, stated: Mapping[str, Any]) -> None:
-    """Write card.json and MODEL_CARD.md into a model folder, floats rounded to 4 places."""
-    card = rounded(dict(stated))
-    for name, text in ((CARD, json.dumps(card, indent=2) + "\n"), (PAGE, page(card))):
+    """Write MODEL_CARD.md and card.json into a model folder, in this order; figures are rounded to 4 places."""
+    # Settings are not: a learning rate of 0.00002 would be none.
+    card = rounded(dict(stated)) | {"recipe": stated["recipe"]}
+    for name, text in ((PAGE, page(card)), (CARD, json.dumps(card, indent=2) + "\n")):
         draft = folder / f"{name}.part"
         draft.write_text(text, encoding="utf-8")
         draft.replace(folder / name)
@@ -116,7 +117,7 @@ def _steps(training: Mapping[str, Any]) -> list[str]:
     )
     rows = (
         f"{training['rows']} rows to train on (digest {training['digest']}), {training['held_out']} held out, "
-        f"{training['too_long']} left out as too long."
+        f"{training['too_long']} examples left out as too long, of which a row has one, or with a trace two."
     )
     tasted = f"macro-F1 of the best alone {number(soup['best'])}, of the soup {number(soup['soup'])}"
     return [rows, traces, aimed, f"Soup: {stirred} ({tasted}, on the rows that checkpoints were chosen by)."]

@@ -305,7 +305,8 @@ class _Kitchen:
         """Calibrate and measure the model, and write the card that tells of it."""
         recipe, artefact = self._recipe, self._out / ARTEFACT
         # The card is written last, so that a folder with one is whole.
-        (artefact / CARD).unlink(missing_ok=True)
+        for folder in (artefact, *(self._out / name for name in quantise.FOLDERS.values())):
+            (folder / CARD).unlink(missing_ok=True)
         asked = self._asked(network.loaded(str(artefact)))
         self._say("calibrating")
         watched, reported = (calibrate.measure(asked, side) for side in (self._sides.watched, self._sides.reported))
