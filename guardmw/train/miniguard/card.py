@@ -36,8 +36,7 @@ def serving(name: str, context: int, folder: str) -> tuple[str, ...]:
 
 def write(folder: Path, stated: Mapping[str, Any]) -> None:
     """Write MODEL_CARD.md and card.json into a model folder, in this order; figures are rounded to 4 places."""
-    # Settings are not: a learning rate of 0.00002 would be none.
-    card = rounded(dict(stated)) | {"recipe": stated["recipe"]}
+    card = rounded(dict(stated))
     for name, text in ((PAGE, page(card)), (CARD, json.dumps(card, indent=2) + "\n")):
         draft = folder / f"{name}.part"
         draft.write_text(text, encoding="utf-8")
