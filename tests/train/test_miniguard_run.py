@@ -200,13 +200,31 @@ def test_a_trace_is_a_task_of_its_own(either: Path) -> None:
 
     chat = Chat(str(either))
     (plain,) = lessons([rows.row({"text": "bread evil", "label": "unsafe", "categories": ["violence"]}, "s")])
-    ids = chat.encode([replace(plain, trace="It is evil.")])[0].ids
+    ids = next(chat.encode([replace(plain, trace="It is evil.")])).ids
     text = chat.tokenizer.decode(ids)
     assert text.endswith(
         f"/think<|im_end|>\n<|im_start|>assistant\n<think>\nIt is evil.\n</think>\n\n{plain.answer}<|im_end|>"
     )
     shown = chat.ids(chat.prompt(replace(plain.request, prefill="")))
     assert ids[: len(shown)] != shown
+
+
+def test_a_template_that_is_quiet_by_itself_thinks_where_a_trace_is_learnt(tmp_path: Path, writers: Any) -> None:
+    """One thought, and none that was closed before it; and what is learnt by thousands is what is learnt by one."""
+    from guardmw.dialects.nemotron import answer
+    from guardmw.train.miniguard.chat import Chat
+    from guardmw.train.miniguard.form import Lesson, asked
+
+    quiet = writers.QWEN.replace("enable_thinking is defined and enable_thinking is false", "not enable_thinking")
+    chat = Chat(str(build(writers, tmp_path / "quiet", "qwen", quiet)))
+    some = [
+        Lesson("key", "source", True, asked(Conversation.of("bread " * i)), answer({"user": True}), trace="x" * (i % 2))
+        for i in range(1, 1003)
+    ]
+    found = list(chat.encode(some))
+    for at in (0, 1, 999, 1000, 1001):
+        assert found[at] == next(chat.encode(some[at : at + 1])), at
+        assert chat.tokenizer.decode(found[at].ids).count("<think>") == 1, at
 
 
 @pytest.mark.parametrize(

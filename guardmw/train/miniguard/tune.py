@@ -315,11 +315,14 @@ def _path(folder: Path, step: int) -> Path:
 def _made_from(
     given: Sequence[Example], watched: Sequence[Row], settings: Tune, keep: int, seed: int
 ) -> dict[str, Any]:
-    shown = hashlib.sha256("\n".join(map(repr, given)).encode()).hexdigest()[:16]
+    shown = hashlib.sha256()
+    # All at once they would be gigabytes.
+    for at, one in enumerate(given):
+        shown.update(b"\n" * bool(at) + repr(one).encode())
     seen = hashlib.sha256("\n".join(f"{row.conversation} {row.unsafe}" for row in watched).encode("utf-8", "replace"))
     return {
         "tune": settings.model_dump(mode="json"),
-        "examples": shown,
+        "examples": shown.hexdigest()[:16],
         "watched": seen.hexdigest()[:16],
         "keep": keep,
         "seed": seed,
