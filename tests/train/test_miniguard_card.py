@@ -27,6 +27,7 @@ def told(**metrics: Any) -> dict[str, Any]:
             "digest": "0",
             "held_out": 40,
             "too_long": 0,
+            "of_benchmarks": 0,
             "reason": {},
             "target": {},
             "soup": {"refused": False, "taken": [1], "best": 0.5, "soup": None},
@@ -42,6 +43,16 @@ def test_a_model_that_says_nothing_readable_is_called_no_guard(unread: int, guar
     page = card.page(told(unread=unread))
     assert f"count as unsafe: {unread}." in page
     assert ("It is no guard" in page) is not guard
+
+
+@pytest.mark.parametrize("trained", [0, 3])
+def test_benchmarks_that_were_trained_on_are_called_so(trained: int) -> None:
+    """Nobody else could tell."""
+    given = told(bench={"chat": {"rows": 9, "unsafe": 4}})
+    given["training"]["of_benchmarks"] = trained
+    page = card.page(given)
+    assert ("Nothing was trained, chosen or fitted on these" in page) is not bool(trained)
+    assert ("3 rows of them, or near to them, were trained on" in page) is bool(trained)
 
 
 def test_a_step_that_was_left_out_is_named() -> None:

@@ -403,19 +403,25 @@ def test_a_model_is_made_and_says_where_it_comes_from(
     bench.write_text(
         "".join(f"{line}\n" for line in pool.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8"
     )
-    settings = {"reason": {"templated": True, "rows": 20}, "target": {"contrast": 2}, "bench": [str(bench)]}
+    (tmp_path / "more").mkdir()
+    shutil.copy(bench, tmp_path / "more")
+    benches = [str(bench), str(tmp_path / "more" / bench.name)]
+    settings = {"reason": {"templated": True, "rows": 20}, "target": {"contrast": 2}, "bench": benches}
     path = recipe(tmp_path, pool, base, tune={"epochs": 4, "checkpoint_every": 30}, **settings)
     out = tmp_path / "run"
     assert train(path, out, "--ablate") == 0
     card = json.loads((out / "artefact" / "card.json").read_text(encoding="utf-8"))
     assert card["metrics"]["held_out"]["macro_f1"] > 0.7
-    assert card["metrics"]["bench"]["bench"]["rows"] == 20
+    assert {name: of["rows"] for name, of in card["metrics"]["bench"].items()} == {"bench": 20, "bench (2)": 20}
+    # They are the pool's own.
+    assert 0 < card["training"]["of_benchmarks"] <= 20
     assert card["training"]["reason"]["traces"] == 20
     assert card["training"]["target"]["rows"] == 4
     assert card["data"]["rows"]["license"] == "CC0-1.0"
     assert str(tmp_path) not in json.dumps(card)
     shown = (out / "artefact" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "templated rationales" in shown
+    assert "the figures flatter" in shown
     assert "vllm serve artefact --served-model-name tiny-miniguard" in shown
     assert (out / "artefact" / "policy.yaml").read_text(encoding="utf-8").startswith("stages:")
     table = (out / "ablate" / "ablation.md").read_text(encoding="utf-8")

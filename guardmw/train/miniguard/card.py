@@ -71,7 +71,7 @@ def page(card: Mapping[str, Any]) -> str:
     if bench:
         parts += [
             "## On benchmarks",
-            "At even odds. Nothing was trained, chosen or fitted on these.",
+            _apart(training["of_benchmarks"]),
             figures(bench, ("rows", "unsafe", "macro_f1", "f1", "recall", "fpr", "auprc", "ece")),
             "## Where it fails",
             failures(bench),
@@ -93,6 +93,16 @@ def page(card: Mapping[str, Any]) -> str:
         f"```json\n{json.dumps(card['recipe'], indent=2)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _apart(trained: int) -> str:
+    """Whether benchmarks are strange to the model."""
+    if not trained:
+        return "At even odds. Nothing was trained, chosen or fitted on these."
+    return (
+        f"At even odds. Nothing was chosen or fitted on these, but {trained} rows of them, or near to them, were "
+        "trained on: the figures flatter. `filter.contamination.against` was to name these benchmarks."
+    )
 
 
 def _steps(training: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from guardmw.errors import DataError, GuardmwError
 from guardmw.evaluate import calibrate, page, rows
 from guardmw.evaluate.rows import key
 from guardmw.train import llm, split, telling
+from guardmw.train.contamination import contaminated
 from guardmw.train.ingest import both_labels, by_file, check
 from guardmw.train.miniguard import ablate, card, form, measure, network, quantise, reason, room, soup, target, tune
 from guardmw.train.miniguard.ablate import Step
@@ -154,7 +155,7 @@ class _Kitchen:
         self._more: list[Lesson] = []
         self._added: list[Row] = []
         self._told: dict[str, dict[str, Any]] = {"reason": {}, "target": {}, "soup": {}, "quantised": {}}
-        self._too_long = 0
+        self._too_long = self._spoilt = 0
         self._best: tuple[Path, list[Checkpoint]] = (out, [])
 
     def form(self) -> None:
@@ -171,6 +172,12 @@ class _Kitchen:
             return form.write(folder / form.FILE, {"train": self._lessons, "held_out": held_out})
 
         self._stage("form", {"rows": [split.digest(side) for side in sides]}, make)
+        self._spoilt = self._of_benchmarks(sides.training)
+        if self._spoilt:
+            self._say(
+                f"{self._spoilt} rows to train on are of `bench`, or near to it, and will flatter the figures: name "
+                "its files under filter.contamination.against, too"
+            )
         self._say(
             f"{len(sides.training)} rows to train on, {len(sides.watched)} to choose by, {len(sides.reported)} kept"
         )
@@ -348,6 +355,7 @@ class _Kitchen:
                 "rows": len(training),
                 "held_out": len(self._sides.watched) + len(self._sides.reported),
                 "too_long": self._too_long,
+                "of_benchmarks": self._spoilt + self._of_benchmarks(self._added),
                 "digest": split.digest(training),
                 **{name: self._told[name] for name in ("reason", "target", "soup")},
             },
@@ -400,7 +408,18 @@ class _Kitchen:
         return Asked(self._recipe.name, model, self._chat, self._recipe.tune.batch_tokens)
 
     def _benchmarks(self) -> dict[str, list[Row]]:
-        return {name: found for source in self._recipe.bench for name, found in by_file(source).items()}
+        found: dict[str, list[Row]] = {}
+        for name, some in (one for source in self._recipe.bench for one in by_file(source).items()):
+            # Files of one name in several folders are several benchmarks, whatever sources they are of.
+            alike = sum(name == other.partition(" (")[0] for other in found)
+            found[f"{name} ({alike + 1})" if alike else name] = some
+        return found
+
+    def _of_benchmarks(self, given: Sequence[Row]) -> int:
+        """How many rows are those that the model is measured on, or near to them."""
+        settings = self._recipe.filter
+        measured = settings.contamination.model_copy(update={"against": self._recipe.bench})
+        return len(contaminated(given, measured, settings.seed))
 
     def _steps(self) -> tuple[list[Step], dict[str, str]]:
         """The steps that were taken, and why others were not."""
