@@ -372,7 +372,7 @@ class Sure:
 
 
 def test_what_cannot_be_read_is_as_good_as_unsafe(base: Path) -> None:
-    """And is counted: a guard that fails is closed."""
+    """And is counted, a text in many pieces once: a guard that fails is closed."""
     from guardmw.train.miniguard.ask import Asked
     from guardmw.train.miniguard.chat import Chat
     from guardmw.train.miniguard.network import loaded
@@ -380,6 +380,8 @@ def test_what_cannot_be_read_is_as_good_as_unsafe(base: Path) -> None:
     asked = Asked("base", loaded(str(base)), Chat(str(base)), 4096)
     assert asked.scores(spoken()[:2]).tolist() == [1.0, 1.0]
     assert asked.unread == 2
+    assert asked.scores([Conversation.of("bread salt water " * 1000)]).tolist() == [1.0]
+    assert asked.unread == 3
 
 
 def test_a_text_longer_than_the_context_is_read_in_pieces(base: Path) -> None:
