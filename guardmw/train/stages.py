@@ -44,22 +44,23 @@ def log(out: Path) -> Iterator[Say]:
     Raises:
         GuardmwError: the disk is full.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOG).open("a", encoding="utf-8") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # What a full disk did not take is tried once more as the file is closed.
+        with (out / LOG).open("a", encoding="utf-8") as file:
 
-        def say(line: str) -> None:
-            stamped = f"{time.strftime('%H:%M:%S')} {line}"
-            for stream in (sys.stderr, file):
-                print(stamped, file=stream, flush=True)
+            def say(line: str) -> None:
+                stamped = f"{time.strftime('%H:%M:%S')} {line}"
+                for stream in (sys.stderr, file):
+                    print(stamped, file=stream, flush=True)
 
-        try:
             yield say
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise GuardmwError(
-                f"{out}: the disk is full. What is whole there is kept: make room, and run the same command again"
-            ) from None
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise GuardmwError(
+            f"{out}: the disk is full. What is whole there is kept: make room, and run the same command again"
+        ) from None
 
 
 class Line:
@@ -143,10 +144,10 @@ class Line:
             dropped.write(folder / "dropped.jsonl")
             return kept, dropped.to_dict()
 
-        self.stage("filter", settings, make, _read_by(settings))
+        self.stage("filter", settings, make, read_by(settings))
 
 
-def _read_by(settings: Filter) -> list[str]:
+def read_by(settings: Filter) -> list[str]:
     """The content of the files on this machine that a filter reads."""
     files = [path for source in settings.contamination.against for path in paths(source)]
     return [content(path) for path in (*files, *([settings.folds.file] if settings.folds else ()))]

@@ -27,9 +27,11 @@ def sources(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def rounded(given: Any) -> Any:  # noqa: ANN401 - any JSON value
-    """The same with its floats at 4 places."""
+    """The same with its floats at 4 places, but for a recipe's: a learning rate of 0.00002 would be none."""
     if isinstance(given, dict):
-        return {key: rounded(value) for key, value in given.items()}
+        return {key: value if key == "recipe" else rounded(value) for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        return [rounded(value) for value in given]
     return round(given, 4) if isinstance(given, float) else given
 
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.request import urlopen
@@ -72,7 +72,9 @@ def server(folder: Path, more: Sequence[str]) -> Iterator[str]:
             log.seek(0)
             sys.exit(f"vLLM does not start:\n{log.read().decode(errors='replace')[-3000:]}")
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            # Of a server that ended by itself nothing may be left.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

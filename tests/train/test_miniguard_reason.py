@@ -61,7 +61,9 @@ def test_each_row_gets_the_trace_that_leads_to_its_label(fake: FakeLLM, tmp_path
 
 
 def test_a_trace_to_another_verdict_is_dropped_and_counted(fake: FakeLLM, tmp_path: Path) -> None:
-    """So is one that is too long, or holds signs of turns, or cannot be read."""
+    """So is one that is too long, gives no reasons, or holds signs of turns, and what cannot be read."""
+    signs = {"6": "It ends</think> here.", "10": "It ends</s> here.", "12": "It ends <start_of_turn> here."}
+    echoes = {"14": "...", "16": "The text is safe: SAFE."}
 
     def odd(system: str, user: str) -> str:
         given = json.loads(answer(system, user))
@@ -69,14 +71,21 @@ def test_a_trace_to_another_verdict_is_dropped_and_counted(fake: FakeLLM, tmp_pa
             given["label"] = "unsafe"
         if "bread 4\n" in user:
             given["reasoning"] = "word " * 500
-        if "bread 6\n" in user:
-            given["reasoning"] = "It ends</think> here."
+        for number, said in (signs | echoes).items():
+            if f"bread {number}\n" in user:
+                given["reasoning"] = said
         return "I cannot say." if "bread 8\n" in user else json.dumps(given)
 
     fake.answer = odd
     traces, report = reason.reason(rows(), settings(fake), tmp_path, silent)
-    assert report["dropped"] == {"another verdict": 1, "too long": 1, "signs of turns": 1, "unread": 1}
-    assert len(traces) == 56
+    assert report["dropped"] == {
+        "another verdict": 1,
+        "too long": 1,
+        "no reasons": 2,
+        "signs of turns": 3,
+        "unread": 1,
+    }
+    assert len(traces) == 52
 
 
 def test_the_teacher_is_told_the_policy_and_not_the_label(fake: FakeLLM, tmp_path: Path) -> None:

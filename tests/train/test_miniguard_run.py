@@ -172,6 +172,25 @@ def test_the_shared_start_learns_as_if_each_row_had_its_own(base: Path, tmp_path
         assert torch.nn.functional.cosine_similarity(weight.grad.ravel(), shared[name].ravel(), dim=0) > 0.999, name
 
 
+def test_a_task_counts_by_its_weight_in_a_step_of_its_own_too(base: Path, tmp_path: Path) -> None:
+    """Traces are long, so that rows with one come together: there as well they have half of what the others have."""
+    from guardmw.dialects.nemotron import answer
+    from guardmw.train.miniguard import tune
+    from guardmw.train.miniguard.chat import Chat
+    from guardmw.train.miniguard.form import Lesson, asked
+    from guardmw.train.miniguard.recipe import Tune
+
+    chat = Chat(str(base))
+    said = [Lesson("key", "source", True, asked(one), answer({"user": True})) for one in spoken()]
+    settings = Tune(model=str(base), method="full")
+
+    def began_with(weight: float) -> float:
+        given = [tune.Example(one, weight) for one in chat.encode(said)]
+        return tune._Run(tmp_path, given, [], settings, chat, keep=1, seed=0, say=lambda _: None)._learn([given])
+
+    assert began_with(0.5) == pytest.approx(began_with(1.0) / 2)
+
+
 def test_a_trace_is_a_task_of_its_own(either: Path) -> None:
     """It begins otherwise than serving does, so that nothing served begins a thought."""
     from dataclasses import replace
@@ -181,13 +200,31 @@ def test_a_trace_is_a_task_of_its_own(either: Path) -> None:
 
     chat = Chat(str(either))
     (plain,) = lessons([rows.row({"text": "bread evil", "label": "unsafe", "categories": ["violence"]}, "s")])
-    ids = chat.encode([replace(plain, trace="It is evil.")])[0].ids
+    ids = next(chat.encode([replace(plain, trace="It is evil.")])).ids
     text = chat.tokenizer.decode(ids)
     assert text.endswith(
         f"/think<|im_end|>\n<|im_start|>assistant\n<think>\nIt is evil.\n</think>\n\n{plain.answer}<|im_end|>"
     )
     shown = chat.ids(chat.prompt(replace(plain.request, prefill="")))
     assert ids[: len(shown)] != shown
+
+
+def test_a_template_that_is_quiet_by_itself_thinks_where_a_trace_is_learnt(tmp_path: Path, writers: Any) -> None:
+    """One thought, and none that was closed before it; and what is learnt by thousands is what is learnt by one."""
+    from guardmw.dialects.nemotron import answer
+    from guardmw.train.miniguard.chat import Chat
+    from guardmw.train.miniguard.form import Lesson, asked
+
+    quiet = writers.QWEN.replace("enable_thinking is defined and enable_thinking is false", "not enable_thinking")
+    chat = Chat(str(build(writers, tmp_path / "quiet", "qwen", quiet)))
+    some = [
+        Lesson("key", "source", True, asked(Conversation.of("bread " * i)), answer({"user": True}), trace="x" * (i % 2))
+        for i in range(1, 1003)
+    ]
+    found = list(chat.encode(some))
+    for at in (0, 1, 999, 1000, 1001):
+        assert found[at] == next(chat.encode(some[at : at + 1])), at
+        assert chat.tokenizer.decode(found[at].ids).count("<think>") == 1, at
 
 
 @pytest.mark.parametrize(
@@ -335,7 +372,7 @@ class Sure:
 
 
 def test_what_cannot_be_read_is_as_good_as_unsafe(base: Path) -> None:
-    """And is counted: a guard that fails is closed."""
+    """And is counted, a text in many pieces once: a guard that fails is closed."""
     from guardmw.train.miniguard.ask import Asked
     from guardmw.train.miniguard.chat import Chat
     from guardmw.train.miniguard.network import loaded
@@ -343,6 +380,8 @@ def test_what_cannot_be_read_is_as_good_as_unsafe(base: Path) -> None:
     asked = Asked("base", loaded(str(base)), Chat(str(base)), 4096)
     assert asked.scores(spoken()[:2]).tolist() == [1.0, 1.0]
     assert asked.unread == 2
+    assert asked.scores([Conversation.of("bread salt water " * 1000)]).tolist() == [1.0]
+    assert asked.unread == 3
 
 
 def test_a_text_longer_than_the_context_is_read_in_pieces(base: Path) -> None:
@@ -366,19 +405,25 @@ def test_a_model_is_made_and_says_where_it_comes_from(
     bench.write_text(
         "".join(f"{line}\n" for line in pool.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8"
     )
-    settings = {"reason": {"templated": True, "rows": 20}, "target": {"contrast": 2}, "bench": [str(bench)]}
+    (tmp_path / "more").mkdir()
+    shutil.copy(bench, tmp_path / "more")
+    benches = [str(bench), str(tmp_path / "more" / bench.name)]
+    settings = {"reason": {"templated": True, "rows": 20}, "target": {"contrast": 2}, "bench": benches}
     path = recipe(tmp_path, pool, base, tune={"epochs": 4, "checkpoint_every": 30}, **settings)
     out = tmp_path / "run"
     assert train(path, out, "--ablate") == 0
     card = json.loads((out / "artefact" / "card.json").read_text(encoding="utf-8"))
     assert card["metrics"]["held_out"]["macro_f1"] > 0.7
-    assert card["metrics"]["bench"]["bench"]["rows"] == 20
+    assert {name: of["rows"] for name, of in card["metrics"]["bench"].items()} == {"bench": 20, "bench (2)": 20}
+    # They are the pool's own.
+    assert 0 < card["training"]["of_benchmarks"] <= 20
     assert card["training"]["reason"]["traces"] == 20
     assert card["training"]["target"]["rows"] == 4
     assert card["data"]["rows"]["license"] == "CC0-1.0"
     assert str(tmp_path) not in json.dumps(card)
     shown = (out / "artefact" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "templated rationales" in shown
+    assert "the figures flatter" in shown
     assert "vllm serve artefact --served-model-name tiny-miniguard" in shown
     assert (out / "artefact" / "policy.yaml").read_text(encoding="utf-8").startswith("stages:")
     table = (out / "ablate" / "ablation.md").read_text(encoding="utf-8")
@@ -484,6 +529,34 @@ def test_a_killed_training_goes_on_to_the_same_end(
     for name in names:
         one, other = (torch.load(at / name, weights_only=True) for at in (killed_at, whole_at))
         assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_chance_is_kept_of_where_the_training_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU draws dropout by itself: with the processor's state alone, a training resumed there would end elsewhere."""
+    import torch
+
+    from guardmw.train.miniguard import network, tune
+
+    for name, drawn_by in (("cpu", torch.random), ("cuda", torch.cuda), ("mps", torch.mps)):
+        monkeypatch.setattr(network, "device", partial(torch.device, name))
+        assert tune._dice() is drawn_by
+
+
+def test_a_checkpoint_that_was_taken_away_or_spoilt_is_named(
+    pool: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what to do about it."""
+    path, out = recipe(tmp_path, pool, base, tune={"epochs": 0.1}), tmp_path / "run"
+    assert train(path, out, "--until", "tune") == 0
+    (checkpoint,) = (out / "tune" / "sft").glob("step-*.pt")
+    for spoil in (partial(checkpoint.write_bytes, b"half"), checkpoint.unlink):
+        spoil()
+        assert train(path, out) == 2
+        said = capsys.readouterr().err
+        assert f"{checkpoint} cannot be read" in said
+        assert "trained anew" in said
+    shutil.rmtree(out / "tune" / "sft")
+    assert train(path, out, "--until", "soup") == 0
 
 
 @contextmanager

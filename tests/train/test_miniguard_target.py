@@ -48,6 +48,19 @@ def test_hand_written_pairs_stay_together_those_of_trigger_words_first() -> None
     assert target.pairs(0, 0) == []
 
 
+@pytest.mark.parametrize("by", ["benchmark", "held out", "nothing"])
+def test_hand_written_pairs_are_no_benchmark_s_and_no_held_out_row_s_kin(by: str, tmp_path: Path) -> None:
+    """A pool may hold them too, as what TinySafe's filter leaves does; then their sisters may be held out."""
+    given = target.pairs(3, 0)
+    said = {"text": given[0].conversation.trial, "label": "unsafe" if given[0].unsafe else "safe"}
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text(json.dumps(said if by == "benchmark" else {"text": "bread", "label": "safe"}) + "\n")
+    filtered = Filter.model_validate({"contamination": {"against": [str(bench)]}})
+    held = [row({"text": "oven", "label": "safe"}, "mine"), *([row(said, "mine")] if by == "held out" else [])]
+    found = target.apart(given, filtered, held)
+    assert found == (given if by == "nothing" else given[2:])
+
+
 def settings(fake: FakeLLM) -> Target:
     """With a writer behind a fake server."""
     return Target.model_validate({"writer": fake.settings("compatible"), "pairs": 2})

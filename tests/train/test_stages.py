@@ -22,3 +22,10 @@ def test_a_full_disk_is_told_of_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="told by the system") as caught, stages.log(tmp_path):
         raise other
     assert caught.value is other
+
+
+def test_a_disk_too_full_for_the_log_is_told_of_as_well(tmp_path: Path) -> None:
+    """Closing the file tries to write once more, and fails once more."""
+    (tmp_path / stages.LOG).symlink_to("/dev/full")
+    with pytest.raises(GuardmwError, match="make room"), stages.log(tmp_path) as say:
+        say("a line")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from guardmw.train.stages import Say
 
 POOL = "pool, held out"
+# Each stands in the other's place, and is held against what both are made of.
+_EIGHT_BITS = ("+ FP8", "+ INT8")
 PAGE = "ablation.md"
 # Qwen3-0.6B on Nemotron's English test split, by the makers of MiniGuard; another model and another set.
 PUBLISHED = {
@@ -51,7 +53,7 @@ class Measured(NamedTuple):
 
     Attributes:
         scores: by the set's name.
-        unread: answers that could not be read.
+        unread: answers that could not be read, of all sets.
     """
 
     name: str
@@ -90,12 +92,14 @@ def measure(step: Step, sets: Mapping[str, Sequence[Row]], rows: str, folder: Pa
 def told(steps: Sequence[Measured], sets: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """Figures by step and set, and how each differs from the step before it."""
     found: dict[str, Any] = {}
-    for at, step in enumerate(steps):
+    before: Measured | None = None
+    for step in steps:
         of = {name: figures(rows, step.scores[name]) for name, rows in sets.items()}
-        if at:
+        if before:
             for name, rows in sets.items():
-                of[name]["against_before"] = _difference(rows, step.scores[name], steps[at - 1].scores[name])
+                of[name]["against_before"] = _difference(rows, step.scores[name], before.scores[name])
         found[step.name] = {"unread": step.unread, "sets": of}
+        before = before if step.name in _EIGHT_BITS else step
     return found
 
 
@@ -112,10 +116,11 @@ def page(found: Mapping[str, Any], skipped: Mapping[str, str]) -> str:
         )
         for name, of in found.items()
     ]
-    head = ("step", "macro-F1", "against the step before", "AUPRC", "unread answers", "published")
+    head = ("step", "macro-F1", "against the step before", "AUPRC", "unread answers, all sets", "published")
     sets = [name for name in next(iter(found.values()))["sets"] if name != POOL]
     intro = (
-        f"Each line holds all steps above it. {POOL}: {next(iter(found.values()))['sets'][POOL]['rows']} rows on which "
+        f"Each line holds all steps above it, but INT8 stands in FP8's place, after the soup. {POOL}: "
+        f"{next(iter(found.values()))['sets'][POOL]['rows']} rows on which "
         "nothing was trained or chosen. In brackets 95 % intervals (bootstrap; of differences, paired). An answer that "
         "could not be read counts as unsafe. Published: Qwen3-0.6B on another set, in percent."
     )

@@ -47,7 +47,7 @@ class Asked:
         batch_tokens: tokens that are computed at once, padding included.
 
     Attributes:
-        unread: answers that could not be read, so far.
+        unread: conversations with an answer that could not be read, so far.
     """
 
     def __init__(self, name: str, model: Any, chat: Chat, batch_tokens: int) -> None:  # noqa: ANN401 - see network.fitted
@@ -76,8 +76,8 @@ class Asked:
             for one in waiting:
                 one.tell([next(replies) for _ in one.requests])
             waiting = [one for one in waiting if one.requests]
+        self.unread += len({one.at for one in asking if one.unsafe is None})
         for one in asking:
-            self.unread += one.unsafe is None
             found[one.at] = max(found[one.at], 1.0 if one.unsafe is None else one.unsafe)
         return [Scores(unsafe, backend=self.name) for unsafe in found]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from guardmw.train.miniguard.form import Lesson
 
 # Qwen3's template asks for thoughts unless told not to, and whoever serves a guard tells it nothing.
-_QUIET = "{%- set enable_thinking = false %}"
+_QUIET, _LOUD = (f"{{%- set enable_thinking = {on} %}}" for on in ("false", "true"))
 # Sets the task with a trace apart where the template has no word for it. How MiniGuard's training does: UNVERIFIED.
 _THINK = "\n/think"
 _HELLO = Conversation.of("Hello?")
@@ -75,8 +75,11 @@ class Chat:
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise GuardmwError(f"the tokenizer of {model} cannot be loaded: {error}") from None
         self._model = model
-        self._loud = self._template()
-        self.tokenizer.chat_template = _QUIET + self._loud if "enable_thinking" in self._loud else self._loud
+        template = self._template()
+        switched = "enable_thinking" in template
+        # Some are quiet unless told otherwise, with a thought that is closed already.
+        self._loud = _LOUD + template if switched else template
+        self.tokenizer.chat_template = _QUIET + template if switched else template
         if not self.tokenizer.is_fast:
             raise GuardmwError(f"the tokenizer of {model} does not tell where its tokens stand: it needs a fast one")
         if self.tokenizer.eos_token_id is None:
@@ -99,16 +102,14 @@ class Chat:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def encode(self, lessons: Sequence[Lesson]) -> list[Encoded]:
+    def encode(self, lessons: Sequence[Lesson]) -> Iterator[Encoded]:
         """Lessons in tokens. Those of the task without thoughts begin with the very tokens that serving shows."""
-        found: list[Encoded] = []
         for start in range(0, len(lessons), _AT_ONCE):
             spoken = [(lesson, *self._before(lesson)) for lesson in lessons[start : start + _AT_ONCE]]
             texts = [before + thought + lesson.answer for lesson, before, thought in spoken]
             given = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
             for one, ids, spans in zip(spoken, given["input_ids"], given["offset_mapping"], strict=True):
-                found.append(self._encoded(*one, ids, spans))
-        return found
+                yield self._encoded(*one, ids, spans)
 
     def _encoded(
         self, lesson: Lesson, before: str, thought: str, ids: list[int], spans: Sequence[tuple[int, int]]

@@ -109,6 +109,22 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         ) from None
 
 
+def kept(path: Path) -> dict[str, Any]:
+    """What ``save`` left, in main memory.
+
+    Raises:
+        GuardmwError: it is not there any more, or not whole.
+    """
+    try:
+        found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    # torch raises what it likes of a file that is none of its own.
+    except Exception as error:
+        raise GuardmwError(
+            f"{path} cannot be read ({told(error)}): take {path.parent} away, and it is trained anew"
+        ) from error
+    return found
+
+
 def write(folder: Path, model: PreTrainedModel, chat: Chat) -> None:
     """Write a model folder in bf16, with its chat template; it is there whole or not at all.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from guardmw.dialects._turns import Frame
 from guardmw.dialects.policy import POLICY
 from guardmw.errors import GuardmwError
 from guardmw.evaluate.rows import key
@@ -30,8 +31,10 @@ JOURNAL = "answers.jsonl"
 _FIRST = 40
 _TOKENS_PER_WORD = 1.5
 _ABOUT_JSON = 30
-# What would end a thought early, or begin a turn.
-_SIGN = re.compile(r"</?think>|<\|[^|<>]{1,30}\|>", re.IGNORECASE)
+# Changes what would end a thought early, or begin a turn, in any family of models.
+_FRAME = Frame()
+# The label, or the form's own dots, in the place of reasons.
+_ECHO = re.compile(r"\W|_|\b(?:un)?safe\b|\b(?:the|this|text|it|is|so|label|reasoning|verdict|answer)\b", re.IGNORECASE)
 # The policy's own word on the form of an answer; another is asked for here.
 _OWN_FORM = "\n\nAnswer with one JSON object"
 _FORM = """
@@ -156,7 +159,7 @@ def _spent(answers: Answers[Trace]) -> str:
 def _sorted_out(rows: Sequence[Row], answers: Answers[Trace], most: int) -> tuple[dict[str, str], dict[str, int]]:
     """The traces that can be used, by the key of their row, and how many cannot, and why."""
     traces: dict[str, str] = {}
-    dropped = {"another verdict": 0, "too long": 0, "signs of turns": 0, "unread": len(answers.unread)}
+    dropped = {"another verdict": 0, "too long": 0, "no reasons": 0, "signs of turns": 0, "unread": len(answers.unread)}
     for at, found in answers.found.items():
         row = rows[int(at)]
         if fault := _fault(row, found, most):
@@ -172,4 +175,6 @@ def _fault(row: Row, found: Trace, most: int) -> str:
         return "another verdict"
     if len(found.reasoning.split()) > most:
         return "too long"
-    return "signs of turns" if _SIGN.search(found.reasoning) else ""
+    if not _ECHO.sub("", found.reasoning):
+        return "no reasons"
+    return "signs of turns" if _FRAME.hold(found.reasoning) != found.reasoning else ""

@@ -17,12 +17,13 @@ from guardmw.errors import DataError, GuardmwError
 from guardmw.evaluate import calibrate, page, rows
 from guardmw.evaluate.rows import key
 from guardmw.train import llm, split, telling
+from guardmw.train.contamination import contaminated
 from guardmw.train.ingest import both_labels, by_file, check
 from guardmw.train.miniguard import ablate, card, form, measure, network, quantise, reason, room, soup, target, tune
 from guardmw.train.miniguard.ablate import Step
 from guardmw.train.miniguard.ask import Asked
 from guardmw.train.miniguard.chat import Chat
-from guardmw.train.stages import REPORT, ROWS, Line, digest, log, made_of
+from guardmw.train.stages import REPORT, ROWS, Line, digest, log, made_of, read_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -154,7 +155,7 @@ class _Kitchen:
         self._more: list[Lesson] = []
         self._added: list[Row] = []
         self._told: dict[str, dict[str, Any]] = {"reason": {}, "target": {}, "soup": {}, "quantised": {}}
-        self._too_long = 0
+        self._too_long = self._spoilt = 0
         self._best: tuple[Path, list[Checkpoint]] = (out, [])
 
     def form(self) -> None:
@@ -171,6 +172,12 @@ class _Kitchen:
             return form.write(folder / form.FILE, {"train": self._lessons, "held_out": held_out})
 
         self._stage("form", {"rows": [split.digest(side) for side in sides]}, make)
+        self._spoilt = self._of_benchmarks(sides.training)
+        if self._spoilt:
+            self._say(
+                f"{self._spoilt} rows to train on are of `bench`, or near to it, and will flatter the figures: name "
+                "its files under filter.contamination.against, too"
+            )
         self._say(
             f"{len(sides.training)} rows to train on, {len(sides.watched)} to choose by, {len(sides.reported)} kept"
         )
@@ -206,20 +213,28 @@ class _Kitchen:
         folder, best = self._tuned(self._first, self._lessons) if writes or ablated else (self._out, [])
 
         def make(mine: Path) -> dict[str, Any]:
-            by_hand = target.pairs(settings.contrast, self._recipe.seed)
+            sides, written_here = self._sides, target.pairs(settings.contrast, self._recipe.seed)
+            held = [*sides.probe, *sides.watched, *sides.reported]
+            by_hand = target.apart(written_here, self._recipe.filter, held)
             found: list[target.Error] = []
             if writes:
                 asked = self._asked(network.merged(self._recipe.tune, tune.weights(folder, best[0])))
-                scores = asked.scores([row.conversation for row in self._sides.probe])
-                found = target.errors(self._sides.probe, scores, settings.errors)
-            known = [*self._sides.training, *by_hand, *self._sides.watched, *self._sides.reported]
+                scores = asked.scores([row.conversation for row in sides.probe])
+                found = target.errors(sides.probe, scores, settings.errors)
+            known = [*sides.training, *by_hand, *sides.watched, *sides.reported]
             written, told = target.write(found, settings, self._recipe.filter, known, mine, say=self._say)
             rows.write(mine / ROWS, [*by_hand, *written])
-            return told | {"rows": len(by_hand) + len(written)}
+            return told | {"rows": len(by_hand) + len(written), "left_out": len(written_here) - len(by_hand)}
 
         stated = settings.model_dump(mode="json", exclude={"writer": {"base_url", "key_env"}})
-        sides = [split.digest(side) for side in self._sides]
-        depends = {"settings": stated, "rows": sides, "student": [list(one) for one in best], "seed": self._recipe.seed}
+        against = self._recipe.filter
+        depends = {
+            "settings": stated,
+            "rows": [split.digest(side) for side in self._sides],
+            "student": [list(one) for one in best],
+            "seed": self._recipe.seed,
+            "filter": [against.contamination.model_dump(mode="json"), against.seed, read_by(against)],
+        }
         self._told["target"] = told = self._stage("target", depends, make)
         self._added = list(rows.read(self._out / "target" / ROWS)) if told["rows"] else []
         self._more = form.lessons(self._added, self._sides.training)
@@ -297,7 +312,8 @@ class _Kitchen:
         """Calibrate and measure the model, and write the card that tells of it."""
         recipe, artefact = self._recipe, self._out / ARTEFACT
         # The card is written last, so that a folder with one is whole.
-        (artefact / CARD).unlink(missing_ok=True)
+        for folder in (artefact, *(self._out / name for name in quantise.FOLDERS.values())):
+            (folder / CARD).unlink(missing_ok=True)
         asked = self._asked(network.loaded(str(artefact)))
         self._say("calibrating")
         watched, reported = (calibrate.measure(asked, side) for side in (self._sides.watched, self._sides.reported))
@@ -339,6 +355,7 @@ class _Kitchen:
                 "rows": len(training),
                 "held_out": len(self._sides.watched) + len(self._sides.reported),
                 "too_long": self._too_long,
+                "of_benchmarks": self._spoilt + self._of_benchmarks(self._added),
                 "digest": split.digest(training),
                 **{name: self._told[name] for name in ("reason", "target", "soup")},
             },
@@ -391,7 +408,18 @@ class _Kitchen:
         return Asked(self._recipe.name, model, self._chat, self._recipe.tune.batch_tokens)
 
     def _benchmarks(self) -> dict[str, list[Row]]:
-        return {name: found for source in self._recipe.bench for name, found in by_file(source).items()}
+        found: dict[str, list[Row]] = {}
+        for name, some in (one for source in self._recipe.bench for one in by_file(source).items()):
+            # Files of one name in several folders are several benchmarks, whatever sources they are of.
+            alike = sum(name == other.partition(" (")[0] for other in found)
+            found[f"{name} ({alike + 1})" if alike else name] = some
+        return found
+
+    def _of_benchmarks(self, given: Sequence[Row]) -> int:
+        """How many rows are those that the model is measured on, or near to them."""
+        settings = self._recipe.filter
+        measured = settings.contamination.model_copy(update={"against": self._recipe.bench})
+        return len(contaminated(given, measured, settings.seed))
 
     def _steps(self) -> tuple[list[Step], dict[str, str]]:
         """The steps that were taken, and why others were not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from guardmw.evaluate.families import named
 from guardmw.evaluate.rows import key
 from guardmw.taxonomy import CATEGORIES
 from guardmw.train import contrast
@@ -60,6 +61,15 @@ def pairs(count: int, seed: int) -> list[Row]:
         families.setdefault(row.origin, []).append(row)
     order = sorted(families.values(), key=lambda rows: (rows[0].source != "contrast_triggers", key(rows[0])))
     return [row for rows in order[:count] for row in rows]
+
+
+def apart(given: Sequence[Row], filtered: Filter, held: Sequence[Row]) -> list[Row]:
+    """Those of hand-written rows that are no benchmark's and of no family of rows that were held out; pairs whole."""
+    family = named({key(row): row for row in (*held, *given)})
+    theirs = {family[key(row)] for row in held}
+    near = contaminated(given, filtered.contamination, filtered.seed)
+    spoilt = {row.origin for at, row in enumerate(given) if at in near or family[key(row)] in theirs}
+    return [row for row in given if row.origin not in spoilt]
 
 
 def errors(rows: Sequence[Row], scores: Floats, most: int) -> list[Error]:

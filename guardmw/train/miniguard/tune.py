@@ -124,8 +124,7 @@ def best(folder: Path) -> Checkpoint:
 
 def weights(folder: Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Of a checkpoint that was kept."""
-    found: dict[str, Tensor] = torch.load(_path(folder, checkpoint.step), weights_only=True, map_location="cpu")
-    return found
+    return network.kept(_path(folder, checkpoint.step))
 
 
 class _Run:
@@ -166,13 +165,14 @@ class _Run:
         path = self._folder / STATE
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True, map_location=network.device())
+        # Each part goes to the device by itself, but for AdamW's counts, which a GPU would be asked for one by one.
+        state = network.kept(path)
         network.restore(self._model, state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._step, self._stale = state["step"], state["stale"]
         self._best = [Checkpoint(*one) for one in state["best"]]
-        torch.set_rng_state(state["drawn"].cpu())
+        _dice().set_rng_state(state["drawn"])
         self._say(f"resuming at step {self._step} of {self._total}")
 
     def go(self) -> list[Checkpoint]:
@@ -214,7 +214,7 @@ class _Run:
             "step": self._step,
             "stale": self._stale,
             "best": [tuple(one) for one in self._best],
-            "drawn": torch.get_rng_state(),
+            "drawn": _dice().get_rng_state(),
         }
         network.save(self._folder / STATE, state)
         for one in dropped:
@@ -243,10 +243,11 @@ class _Run:
         """One step; the loss it began with."""
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
-        whole = sum(one.weight for batch in step for one in batch)
+        # Not the sum of weights: rows with a trace are long and come together, and their weight would cancel out.
+        shown = sum(map(len, step))
         total = 0.0
         for batch in step:
-            loss = self._loss(batch) / whole
+            loss = self._loss(batch) / shown
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(network.learning(self._model).values(), 1.0)
@@ -301,6 +302,12 @@ class _Run:
         return 1 - done if self._settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _dice() -> Any:  # noqa: ANN401 - one of torch's modules
+    """Where dropout's chance comes from: a GPU has its own."""
+    at = network.device()
+    return torch.random if at.type == "cpu" else torch.get_device_module(at)
+
+
 def _path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06}.pt"
 
@@ -308,11 +315,14 @@ def _path(folder: Path, step: int) -> Path:
 def _made_from(
     given: Sequence[Example], watched: Sequence[Row], settings: Tune, keep: int, seed: int
 ) -> dict[str, Any]:
-    shown = hashlib.sha256("\n".join(map(repr, given)).encode()).hexdigest()[:16]
+    shown = hashlib.sha256()
+    # All at once they would be gigabytes.
+    for at, one in enumerate(given):
+        shown.update(b"\n" * bool(at) + repr(one).encode())
     seen = hashlib.sha256("\n".join(f"{row.conversation} {row.unsafe}" for row in watched).encode("utf-8", "replace"))
     return {
         "tune": settings.model_dump(mode="json"),
-        "examples": shown,
+        "examples": shown.hexdigest()[:16],
         "watched": seen.hexdigest()[:16],
         "keep": keep,
         "seed": seed,
