@@ -17,7 +17,10 @@ import httpx
 from guardmw.errors import BackendError, BackendUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Awaitable, Callable, Generator, Mapping
+    from typing import Any
+
+    _Trace = Callable[[str, Mapping[str, Any]], Awaitable[None]]
 
 # An answer of 2,048 tokens with twenty alternatives each has this size.
 _LONGEST_ANSWER = 4 * 2**20
@@ -141,35 +144,51 @@ class Http:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             scope.cancel()
+            # Who cancelled may end the loop next, and with it what cleans up.
+            await asyncio.wait((task,))
             raise
 
     async def _alone(self, scope: anyio.CancelScope, path: str, body: bytes | None) -> Answer | _Failure:
         # The last one used: what idles long is closed by the server.
         client = self._free.pop() if self._free else self._connected()
         came: Answer | _Failure | None = None
+        opened: list[Any] = []
+
+        async def look_on(event: str, told: Mapping[str, Any]) -> None:
+            if event == "connection.connect_tcp.complete":
+                opened.append(told["return_value"])
+
         try:
             with scope:
-                came = await self._caught(client, path, body)
+                came = await self._caught(client, path, body, look_on)
         finally:
             if came is None:
                 # It may have a connection that it takes for busy, and it has only one.
                 self._clients.remove(client)
                 await client.aclose()
+                # httpcore forgets one whose TLS handshake is cancelled.
+                for stream in opened:
+                    await stream.aclose()
             else:
                 self._free.append(client)
             self._turns.release()
         return came or _Failure(BackendUnavailable("nobody waits for it"))
 
-    async def _caught(self, client: httpx.AsyncClient, path: str, body: bytes | None) -> Answer | _Failure:
+    async def _caught(
+        self, client: httpx.AsyncClient, path: str, body: bytes | None, look_on: _Trace
+    ) -> Answer | _Failure:
         try:
-            return await self._exchange(client, path, body)
+            return await self._exchange(client, path, body, look_on)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             # Not raised from here: an error of httpx holds the request, and with it the key and the text.
             return self._broken(error)
 
-    async def _exchange(self, client: httpx.AsyncClient, path: str, body: bytes | None) -> Answer | _Failure:
+    async def _exchange(
+        self, client: httpx.AsyncClient, path: str, body: bytes | None, look_on: _Trace
+    ) -> Answer | _Failure:
         method, headers = ("GET", {}) if body is None else ("POST", {"content-type": "application/json"})
-        async with client.stream(method, path, content=body, headers=headers) as response:
+        traced = {"trace": look_on}
+        async with client.stream(method, path, content=body, headers=headers, extensions=traced) as response:
             status = response.status_code
             if status in (400, 413, 422):
                 refusal = await _read(response, _LONGEST_REFUSAL)

@@ -265,6 +265,28 @@ def test_a_failure_raises_nothing_else(server: Any, fake: Any, backend: Any, fai
 
 
 @both_ways
+def test_a_handshake_that_is_cancelled_leaves_nothing_open(fake: Any, way: str) -> None:
+    """Of a server that never answers the first word of TLS, at once and without the collector."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1"
+        made = ChatBackend(url, model=fake.MODEL, dialect=fake.OneWord(), deadline=DEADLINE)
+        gc.disable()
+        try:
+            with pytest.raises(BackendError):
+                made.classify([Conversation.of(TEXT)]) if way == "sync" else asyncio.run(
+                    made.aclassify([Conversation.of(TEXT)])
+                )
+            seen, _ = silent.accept()
+            with seen:
+                seen.settimeout(5.0)
+                while seen.recv(2**16):
+                    pass
+        finally:
+            gc.enable()
+    made.close()
+
+
+@both_ways
 def test_a_server_that_comes_back_is_asked_again(server: Any, fake: Any, backend: Any, way: str) -> None:
     """A failure that passes is not seen."""
     left = [503, 429, 500]
