@@ -9,7 +9,7 @@ import ssl
 import time
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx
@@ -18,7 +18,6 @@ from guardmw.errors import BackendError, BackendUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Mapping
-    from typing import Any
 
     _Trace = Callable[[str, Mapping[str, Any]], Awaitable[None]]
 

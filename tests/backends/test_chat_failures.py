@@ -267,23 +267,20 @@ def test_a_failure_raises_nothing_else(server: Any, fake: Any, backend: Any, fai
 @both_ways
 def test_a_handshake_that_is_cancelled_leaves_nothing_open(fake: Any, way: str) -> None:
     """Of a server that never answers the first word of TLS, at once and without the collector."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    with socket.create_server(("127.0.0.1", 0)) as silent, contextlib.ExitStack() as ended:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1"
         made = ChatBackend(url, model=fake.MODEL, dialect=fake.OneWord(), deadline=DEADLINE)
+        ended.callback(made.close)
         gc.disable()
-        try:
-            with pytest.raises(BackendError):
-                made.classify([Conversation.of(TEXT)]) if way == "sync" else asyncio.run(
-                    made.aclassify([Conversation.of(TEXT)])
-                )
-            seen, _ = silent.accept()
-            with seen:
-                seen.settimeout(5.0)
-                while seen.recv(2**16):
-                    pass
-        finally:
-            gc.enable()
-    made.close()
+        ended.callback(gc.enable)
+        given = [Conversation.of(TEXT)]
+        with pytest.raises(BackendError):
+            made.classify(given) if way == "sync" else asyncio.run(made.aclassify(given))
+        seen, _ = silent.accept()
+        with seen:
+            seen.settimeout(5.0)
+            while seen.recv(2**16):
+                pass
 
 
 @both_ways
